@@ -209,6 +209,11 @@ class World:
         torch.distributed.all_gather(parts, part.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)[:total]
 
+    def wait(self) -> None:
+        """Let the others catch up."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
     def close(self) -> None:
         if self.size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -220,7 +225,8 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
     def parse(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
+            float(value)  # an int of 400 digits is not a usable number either
+        except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n' * (kind is int)} {kind.__name__}") from None
         if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
             limit = f"above {low:g}" if open_low else f"at least {low:g}"
@@ -340,8 +346,8 @@ def load_mnist(root: Path | None, _size: int | None, world: World | None = None)
                             "downloaded again")
         if damaged:
             download_mnist(root)
-    if world is not None and world.size > 1:
-        torch.distributed.barrier()
+    if world is not None:
+        world.wait()
     train, test = (MNIST(str(root), train=part, download=False) for part in (True, False))
     return Images("mnist", train.data[:, None], train.targets, test.data[:, None], test.targets, list("0123456789"),
                   "MNIST")
@@ -1459,13 +1465,16 @@ def plot(path: Path, title: str, panels: list[tuple[str, dict[str, list[tuple]],
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FormatStrFormatter, MaxNLocator
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (label, curves, scale) in zip(axes[0], panels, strict=True):
         for name, points in curves.items():
             axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 50 else None, markersize=4, label=name)
         axis.set(xlabel=x_label, ylabel=label, yscale=scale)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if scale == "log":  # 0.2, not 2 x 10^-1
+            axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.suptitle(title)
@@ -1892,7 +1901,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = World(given.get("device", "auto"))
         precision = pick_precision(given.get("precision", "auto"), world.device)
         run = {"train": run_train, "infer": run_infer, "evaluate": run_evaluate}[given["mode"]]
-        return run(given, world, precision)
+        status = run(given, world, precision)
+        world.wait()  # a process that leaves early breaks the connections of those still at work
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
@@ -1912,4 +1923,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads now and then abort an orderly shutdown (torch 2.11)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_status)
+    sys.exit(exit_status)
