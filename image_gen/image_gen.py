@@ -68,6 +68,11 @@ class UserError(Exception):
         self.code = code
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, fit for an error message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
 def seed32(*numbers: int) -> int:
     """Mix integers into one 32-bit seed. (torch's CPU generator uses only the low 32 bits of a seed, so that
     plain sums or shifts would make streams collide.)"""
@@ -153,15 +158,16 @@ def load_checkpoint(path: Path, version: str) -> dict:
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not a plain-tensor checkpoint: it is damaged, or holds pickled Python objects "
                         "that could run code, and is not loaded; name another with --checkpoint") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"can't read the checkpoint {path}, it is truncated or damaged ({reason}); restore a copy "
-                        "or train again") from None
+    except Exception as error:  # damaged bytes can make the reader fail in any way
+        raise UserError(f"can't read the checkpoint {path}, it is truncated or damaged ({first_line(error)}); restore "
+                        "a copy or train again") from None
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path} was not written by this script; name one of its checkpoints with --checkpoint")
     if state["format"] != version:
         raise UserError(f"{path} has format {str(state['format'])!r}, this script reads {version!r}: use the matching "
                         "version of the script, or train again")
+    if missing := {"family", "config", "data", "ema", "history", "made"} - state.keys():
+        raise UserError(f"{path} lacks its {', '.join(sorted(missing))}: it was altered; restore a copy or train again")
     return state
 
 
@@ -300,8 +306,9 @@ def mnist_damage(raw: Path) -> list[str]:
 
 def download_mnist(root: Path, attempts: int = 3) -> None:
     """Fetch MNIST with torchvision (mirrors, md5). Raises `UserError` with code 3 when it can't be reached."""
+    import errno
+    import http.client
     import socket
-    import urllib.error
 
     from torchvision.datasets import MNIST
     raw, own = root / "MNIST" / "raw", os.environ.get("MNIST_MIRROR")
@@ -318,10 +325,10 @@ def download_mnist(root: Path, attempts: int = 3) -> None:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 source(str(root), download=True)
             reason = "the files that arrived are not MNIST's"
-        except (urllib.error.URLError, OSError, RuntimeError, EOFError, ValueError) as error:
+        except (OSError, http.client.HTTPException, RuntimeError, EOFError, ValueError) as error:
             lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Tried")]
             reason = (lines[-1] if lines else type(error).__name__).strip("<>")[:160]
-            if isinstance(error, OSError) and error.errno in (28, 30, 122):  # full, read-only, quota: not the network
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG):
                 raise UserError(f"can't write {raw} ({error.strerror}); free some space or name another folder with "
                                 "--data_root") from None
         if not mnist_damage(raw):
@@ -377,7 +384,7 @@ def open_image(path: Path) -> Any:
         raise UserError(f"{path} can't be read as an image ({reason}): repair or remove it") from None
     if image.mode.startswith("I") or image.mode == "F":
         levels = np.asarray(image, dtype=np.float64)
-        scale = 257 if levels.max(initial=0) > 255 else 1
+        scale = 257 if image.mode.startswith("I;16") or levels.max(initial=0) > 255 else 1
         return Image.fromarray(np.clip(levels / scale, 0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "P") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -593,7 +600,7 @@ class RunConfig:
                               number(float, 0, 0.999999))
     grad_clip: float = option(1.0, "optimisation", "largest norm of a gradient", number(float, 0, open_low=True))
     save_every: int = option(500, "optimisation", "steps between checkpoints inside an epoch", number(int, 1))
-    seed: int = option(0, "run", "seed of everything random", number(int, 0))
+    seed: int = option(0, "run", "seed of everything random", number(int, 0, 2 ** 63 - 1))
 
 
 # === diffusion ===
@@ -794,7 +801,7 @@ class DiffusionModel(Family):
         if self.config.objective == "noise":
             return (x - sigma * prediction) / max(alpha, 1e-3)
         if self.config.objective == "velocity":
-            return alpha * x - sigma * prediction
+            return (alpha * x - sigma * prediction) / (alpha ** 2 + sigma ** 2)
         return (x - sigma * prediction) / (alpha + sigma)
 
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
@@ -817,7 +824,8 @@ class DiffusionModel(Family):
         with self.cast():
             prediction = self(x, times, batch.labels if self.classes else torch.zeros_like(batch.labels))
         errors = (prediction.float() - target).square().flatten(1).mean(1)
-        quarters = {f"val_loss_t{i}": part.mean().item() for i, part in enumerate(errors.tensor_split(4))}
+        quarters = {f"val_loss_t{i}": part.mean().item() for i, part in enumerate(errors.tensor_split(4))
+                    if len(part)}
         return {"val_loss": errors.mean().item()} | quarters
 
     def denoiser(self, labels: Tensor | None, count: int) -> Denoiser:
@@ -856,7 +864,8 @@ class DiffusionModel(Family):
 
     def describe_sampling(self) -> dict[str, Any]:
         steps = len(self.sampling_times())
-        evaluations = (2 * steps - 1 if self.config.sampler == "heun" else steps) * (1 + (self.config.guidance != 1))
+        guided = self.classes > 0 and self.config.guidance != 1
+        evaluations = (2 * steps - 1 if self.config.sampler == "heun" else steps) * (1 + guided)
         return {"sampler": self.config.sampler, "steps": steps, "guidance": self.config.guidance,
                 "network_evaluations": evaluations}
 
@@ -936,6 +945,7 @@ FAMILIES: dict[str, type[Family]] = {"diffusion": DiffusionModel, "classifier": 
 
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                  "weights-inception-2015-12-05-6726825d.pth")  # the hash in the name is checked after the download
+ALONE = {"sync_on_compute": False}  # rank 0 measures alone: torchmetrics must not wait there for the other processes
 NEIGHBOURS = 3  # k of precision and recall, as in [Kynk19]
 
 
@@ -997,7 +1007,7 @@ def inception_net(weights: Path | None, device: torch.device) -> FeatureNet:
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError,
             pickle.UnpicklingError) as error:
         where = f"{weights} is not the Inception weights file" if weights else "the Inception weights can't be fetched"
-        raise UserError(f"{where} ({str(error).splitlines()[0][:100]}): download {INCEPTION_URL} where there is a "
+        raise UserError(f"{where} ({first_line(error)}): download {INCEPTION_URL} where there is a "
                         "network and name the file with --inception_weights") from None
 
     def apply(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -1010,7 +1020,7 @@ def inception_net(weights: Path | None, device: torch.device) -> FeatureNet:
 def frechet_distance(estimate: Tensor, reference: Tensor) -> float:
     """Frechet distance of the Gaussians fitted to two sets of vectors [N D] ([Heusel17]), by torchmetrics."""
     from torchmetrics.image.fid import FrechetInceptionDistance
-    metric = FrechetInceptionDistance(feature=passthrough(estimate.shape[1]))
+    metric = FrechetInceptionDistance(feature=passthrough(estimate.shape[1]), **ALONE)
     metric.update(reference, real=True)
     metric.update(estimate, real=False)
     return metric.compute().item()
@@ -1036,7 +1046,7 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     """exp of the mean KL(p(y|x) || p(y)), mean and standard deviation over ten splits ([Salim16]), by torchmetrics."""
     from torchmetrics.image.inception import InceptionScore
     with seeded_and_quiet():
-        metric = InceptionScore(feature=passthrough(logits.shape[1]), splits=min(10, len(logits)))
+        metric = InceptionScore(feature=passthrough(logits.shape[1]), splits=min(10, len(logits)), **ALONE)
         metric.update(logits)
         mean, deviation = metric.compute()
     return mean.item(), deviation.nan_to_num().item()
@@ -1047,7 +1057,7 @@ def kernel_distance(estimate: Tensor, reference: Tensor) -> tuple[float, float]:
     from torchmetrics.image.kid import KernelInceptionDistance
     size = min(1000, len(estimate), len(reference))
     with seeded_and_quiet():
-        metric = KernelInceptionDistance(feature=passthrough(estimate.shape[1]), subsets=50, subset_size=size)
+        metric = KernelInceptionDistance(passthrough(estimate.shape[1]), subsets=50, subset_size=size, **ALONE)
         metric.update(reference, real=True)
         metric.update(estimate, real=False)
         mean, deviation = metric.compute()
@@ -1176,16 +1186,21 @@ def module_state(model: nn.Module, half: bool = False) -> dict[str, Tensor]:
             for key, value in model.state_dict().items()}
 
 
+def known_family(state: dict) -> str:
+    if state["family"] not in FAMILIES:
+        raise UserError(f"the checkpoint holds a model {state['family']!r}, this script knows {', '.join(FAMILIES)}: "
+                        "use the version of the script that wrote it")
+    return state["family"]
+
+
 def restore_model(state: dict, **changes: Any) -> Family:
     """The model of a checkpoint with its EMA weights; `changes` replace fields of its config (sampling options)."""
-    family = FAMILIES.get(state["family"])
-    if family is None:
-        raise UserError(f"the checkpoint holds a model {state['family']!r} that this version does not know")
+    family = FAMILIES[known_family(state)]
     try:
         model = family(dataclasses.replace(family.config_class(**state["config"]), **changes), state["data"])
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state["ema"].items()})
     except (TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"the checkpoint does not fit its own description ({str(error).splitlines()[0][:120]}): it was "
+        raise UserError(f"the checkpoint does not fit its own description ({first_line(error)}): it was "
                         "altered, or written by another version of this script") from None
     return model.to(memory_format=torch.channels_last)
 
@@ -1215,7 +1230,8 @@ class Trainer:
         self.step = self.epoch_done = 0
         self.seconds = 0.0
         self.history: list[dict] = []
-        self.sums = torch.zeros(2, device=world.device)  # loss of the current epoch: sum and number of steps
+        self.sums = torch.zeros(2, device=world.device)  # loss of the current epoch: sum and number of steps,
+        self.looked = torch.zeros(2, device=world.device)  # and what they were at the last look
         self.stop = StopSignal()
         self.stop_all = torch.zeros(1, device=world.device)
         if compile_it:
@@ -1246,21 +1262,19 @@ class Trainer:
                 "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
                 "schedulers": {k: s.state_dict() for k, s in self.schedulers.items()},
                 "rng": torch.get_rng_state(), "step": self.step, "epoch_done": self.epoch_done,
-                "batch_size": self.batch_size, "sums": self.sums.cpu(), "seconds": self.seconds,
-                "history": self.history, "made": provenance()}
+                "batch_size": self.batch_size, "sums": self.sums.cpu(), "looked": self.looked.cpu(),
+                "seconds": self.seconds, "history": self.history, "made": provenance()}
 
     def save(self) -> None:
         """Write the checkpoint, unless the weights have become useless: then the last good one stays."""
         if not all(torch.isfinite(p).all() for p in self.model.parameters()):
             self._diverged("the weights are no longer finite")
+        self.world.average([self.sums, self.looked])  # so that another number of processes can take over
         if self.world.main:
             save_checkpoint(self.checkpoint, self.state())
 
     def load(self, state: dict) -> None:
         """Continue where `state` stopped; on a CPU with the same number of processes bit for bit."""
-        if "optimizers" not in state:
-            raise UserError(f"{self.checkpoint} holds only averaged weights for inference: it can't be resumed, only "
-                            "a checkpoint written by --mode train can")
         try:
             self.model.load_state_dict(state["model"])
             self.sampler.load_state_dict(state["ema"])
@@ -1270,10 +1284,10 @@ class Trainer:
             self.ema.n_averaged.fill_(state["step"])
             torch.set_rng_state(state["rng"])
             self.step, self.epoch_done, self.seconds = state["step"], state["epoch_done"], state["seconds"]
-            self.sums = state["sums"].to(self.world.device)
+            self.sums, self.looked = (state[key].to(self.world.device) for key in ("sums", "looked"))
             self.history = list(state["history"])
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"{self.checkpoint} can't be resumed ({str(error).splitlines()[0][:120]}): it does not fit "
+            raise UserError(f"{self.checkpoint} can't be resumed ({first_line(error)}): it does not fit "
                             "this model") from None
 
     # --- one step
@@ -1342,13 +1356,13 @@ class Trainer:
     def _epoch(self, epoch: int) -> None:
         end, start = epoch * self.steps_per_epoch, self.step - (epoch - 1) * self.steps_per_epoch
         self.model.train()
-        before, started = self.sums.clone(), time.perf_counter()
+        started = time.perf_counter()
         with progress(self.steps_per_epoch * self.batch_size, f"epoch {epoch}/{self.config.epochs}",
                       not self.world.main, initial=start * self.batch_size, unit="image") as bar:
             while self.step < end:
                 self.train_step()
                 if self.step % LOG_EVERY == 0 or self.step == end:
-                    before = self._look(before, bar)
+                    self._look(bar)
                     self.seconds, started = self.seconds + time.perf_counter() - started, time.perf_counter()
                 if self.stopped():
                     break
@@ -1357,9 +1371,11 @@ class Trainer:
                 bar.update(self.batch_size)
         self.seconds += time.perf_counter() - started
 
-    def _look(self, before: Tensor, bar: Any) -> Tensor:
+    def _look(self, bar: Any) -> None:
         """Fetch the mean loss since the last look: log it, and stop a run that has left the rails."""
-        mean = (self.sums - before)[0] / (self.sums - before)[1]
+        total, steps = self.sums - self.looked
+        mean = total / steps
+        self.looked.copy_(self.sums)
         self.world.average([mean])
         loss = mean.item()
         first = next((r["loss"] for r in self.history if "loss" in r and "epoch" not in r), loss)
@@ -1369,7 +1385,6 @@ class Trainer:
             self._diverged(f"the loss rose from {first:.3g} to {loss:.3g}")
         self.record(loss=loss)
         bar.set_postfix(loss=f"{loss:.4f}")
-        return self.sums.clone()
 
     def _finish_epoch(self, epoch: int, evaluation: EpochEvaluation, on_epoch: Callable[[int], None]) -> None:
         """Save first, then measure: a crash while measuring costs nothing but the measurement."""
@@ -1390,6 +1405,7 @@ class Trainer:
                 scores, _ = measure(evaluation.net(drawn), evaluation.reference, evaluation.net, quick=True)
                 values |= scores | evaluation.floors | {"eval_samples": evaluation.count}
         self.sums.zero_()
+        self.looked.zero_()
         self.epoch_done = epoch
         self.record(**values)
         on_epoch(epoch)
@@ -1504,7 +1520,8 @@ def draw_curves(trainer: Trainer) -> None:
             curves = {label: [(r["epoch"], r[k]) for r in epochs if r.get(k) is not None]
                       for label, k in ((name, name), ("as many real training images", f"real_{name}"))}
             if curves[name]:
-                panels.append((f"{name}, {epochs[-1]['eval_samples']} samples", curves, scale))
+                count = max(r.get("eval_samples", 0) for r in epochs)
+                panels.append((f"{name}, {count} samples", curves, scale))
     plot(results / "epoch_comparisons" / "metrics_comparison.png", title_of(model, "over epochs"), panels, "epoch")
 
 
@@ -1525,7 +1542,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def device_name(text: str) -> str:
-    if text in ("auto", "cpu", "cuda", "mps") or (text.startswith("cuda:") and text[5:].isdigit()):
+    if text in ("auto", "cpu", "cuda", "mps") or (text.startswith("cuda:") and text[5:].isdecimal() and
+                                                text.isascii()):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda, cuda:N or mps")
 
@@ -1640,7 +1658,7 @@ def default_paths(given: dict[str, Any], family: type[Family], dataset: str) -> 
 def same_data(state: dict, path: Path, images: Images) -> None:
     if images.info() != state["data"]:
         raise UserError(f"{path} was trained on {state['data']['title']} ({state['data']['train_images']} images of "
-                        f"{state['data']['image_size']} pixels), not on this data: give the same --data_root")
+                        f"{state['data']['image_size']} pixels), not on this data: give its --dataset and --data_root")
 
 
 def epoch_evaluation(given: dict[str, Any], model: Family, images: Images, world: World) -> EpochEvaluation:
@@ -1660,6 +1678,9 @@ def epoch_evaluation(given: dict[str, Any], model: Family, images: Images, world
 
 def resumed_config(given: dict[str, Any], state: dict) -> Any:
     """The run's own options; only its length and how often it saves may be changed half-way."""
+    if "optimizers" not in state:
+        raise UserError("--resume: the checkpoint holds only averaged weights, for drawing; only one that --mode "
+                        "train wrote can be continued")
     config = FAMILIES[state["family"]].config_class(**state["config"])
     wanted = config_given(given, state["family"])
     for name, value in wanted.items():
@@ -1680,11 +1701,13 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
         state = load_checkpoint(default_paths(given, FAMILIES[key], dataset)[0], FORMAT)
         if given.get("model", state["family"]) != state["family"]:
             raise UserError(f"the checkpoint holds a {state['family']} model, not --model {key}", 2)
-        key, dataset = state["family"], given.get("dataset", state["data"]["dataset"])
+        key, dataset = known_family(state), given.get("dataset", state["data"]["dataset"])
     check_flags(given, key)
     checkpoint, results = default_paths(given, FAMILIES[key], dataset)
     size = given.get("image_size") or (state["data"]["image_size"] if state else None)
     images = DATASETS[dataset](given.get("data_root"), size, world)
+    if given.get("image_size", images.train.shape[-1]) != images.train.shape[-1]:
+        raise UserError(f"--image_size is for --dataset folder: {images.title} has {images.train.shape[-1]} pixels", 2)
     if given.get("prepare_data"):
         print(f"{images.title}: {len(images.train)} training and {len(images.test)} test images are ready")
         return 0
@@ -1700,12 +1723,14 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
     if world.main:
         check_writable(results)
         check_writable(checkpoint.parent)
-        keep_previous(checkpoint, state)
+        if checkpoint.is_dir():
+            raise UserError(f"{checkpoint} is a folder: --checkpoint takes a file")
     trainer = Trainer(model, images, world, precision, given.get("compile", False), checkpoint, results)
+    evaluation = epoch_evaluation(given, model, images, world)
     if state:
         trainer.load(state)
-    evaluation = epoch_evaluation(given, model, images, world)
     if world.main:
+        keep_previous(checkpoint, state)
         announce(trainer, evaluation)
 
     def draw(name: str, *title: str) -> None:
@@ -1714,9 +1739,10 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
             grid_image(drawn[:GRID], results / name, title_of(model, *title), names)
 
     def on_epoch(epoch: int) -> None:
-        if model.can_sample and (epoch in (1, 5, config.epochs) or epoch % 10 == 0):
+        milestone = epoch in (1, 5, config.epochs) or epoch % 10 == 0
+        if model.can_sample and milestone:
             draw(f"epoch_comparisons/samples_epoch_{epoch:03d}.png", f"epoch {epoch}")
-        if world.main:
+        if world.main and (milestone or epoch < 20):  # an epoch of a small dataset is shorter than drawing a chart
             draw_curves(trainer)
 
     trainer.fit(evaluation, on_epoch)
@@ -1778,7 +1804,7 @@ def open_model(given: dict[str, Any], world: World, precision: torch.dtype) -> t
                         ("image_size", state["data"]["image_size"])):
         if given.get(name, holds) != holds:
             raise UserError(f"{path} was made with --{name} {holds}, not {given[name]}: name another --checkpoint", 2)
-    check_flags(given, state["family"])
+    check_flags(given, known_family(state))
     model = restore_model(state, **config_given(given, state["family"])).to(world.device).eval()
     model.precision = precision
     results = default_paths(given, type(model), dataset)[1]
