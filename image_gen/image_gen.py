@@ -804,10 +804,15 @@ class DiffusionModel(Family):
             return (alpha * x - sigma * prediction) / (alpha ** 2 + sigma ** 2)
         return (x - sigma * prediction) / (alpha + sigma)
 
+    def _times(self, share: Tensor) -> Tensor:
+        """Timesteps 1..1000 at the given quantiles (0..1) of the distribution that training visits."""
+        if self.time_sampling == "logit_normal":
+            share = torch.special.ndtri(share).sigmoid()
+        return (share * TIMESTEPS).long().clamp(0, TIMESTEPS - 1) + 1
+
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """Mean squared error of the prediction at random times ([Ho20] eq. 14 for the noise objective)."""
-        share = batch.draw.uniform() if self.time_sampling == "uniform" else batch.draw.normal().sigmoid()
-        times = (share * TIMESTEPS).long().clamp(max=TIMESTEPS - 1) + 1
+        times = self._times(batch.draw.uniform())
         hidden = batch.draw.uniform() < self.config.label_dropout
         labels = batch.labels.masked_fill(hidden, self.classes) if self.classes else torch.zeros_like(batch.labels)
         x, target = self._noisy(batch, times)
@@ -817,9 +822,8 @@ class DiffusionModel(Family):
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
-        """Held-out loss, also by quarter of the time axis (0: nearly clean, 3: nearly noise)."""
-        count = len(batch.images)
-        times = 1 + (torch.arange(count, device=batch.images.device) * TIMESTEPS) // count  # every time equally often
+        """Held-out loss over the times that training visits, also by quarter of them (0: cleanest, 3: noisiest)."""
+        times = self._times((torch.arange(len(batch.images), device=batch.images.device) + 0.5) / len(batch.images))
         x, target = self._noisy(batch, times)
         with self.cast():
             prediction = self(x, times, batch.labels if self.classes else torch.zeros_like(batch.labels))
