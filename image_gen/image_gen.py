@@ -628,7 +628,7 @@ class DiffusionConfig(RunConfig):
                           choices=("ddpm", "ddim", "heun", "dpm++"))
     steps: int | None = option(None, "sampling", "sampling steps (default: 1000 for ddpm, 20 for the others)",
                                number(int, 1, TIMESTEPS))
-    guidance: float = option(1.0, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none and costs nothing, "
+    guidance: float = option(1.25, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none and costs nothing, "
                              "other values double the work", number(float, 0, 100))
 
     def __post_init__(self) -> None:
@@ -1594,7 +1594,7 @@ def build_parser() -> Parser:
     flag("sampling", "output_dir", "also save each image as a PNG file of its own here", type=Path)
     flag("sampling", "export", "also write the averaged weights alone, in half precision, to this file", type=Path)
     flag("evaluation", "eval_samples", "images to measure (default: evaluate 10000 or the size of the test set, train "
-         "800 between epochs)", type=number(int, 2))
+         "400 between epochs)", type=number(int, 2))
     flag("evaluation", "fid_features", "feature net: cnn (our classifier for the dataset) or inception (default auto: "
          "cnn)", choices=("auto", "cnn", "inception"))
     flag("evaluation", "inception_weights", "file with the Inception weights, for offline machines", type=Path)
@@ -1672,7 +1672,7 @@ def epoch_evaluation(given: dict[str, Any], model: Family, images: Images, world
     net, reason = find_feature_net(given, model.data, world.device)
     if net is None:
         return EpochEvaluation(reason=reason)
-    count = given.get("eval_samples") or min(800, len(images.test))
+    count = given.get("eval_samples") or min(400, len(images.test))
     passes = count * model.describe_sampling().get("network_evaluations", 1)
     every = math.ceil(passes / (EVALUATION_SHARE * 3 * len(images.train)))  # a training step is about 3 passes
     reference, real = (net(part[some_rows(part, count)]) for part in (images.test, images.train))
@@ -1851,7 +1851,7 @@ def run_infer(given: dict[str, Any], world: World, precision: torch.dtype) -> in
 
 def export_state(model: Family, state: dict) -> dict:
     """What is shipped: averaged weights in half precision, the description, the last figures and the origin."""
-    return {"format": FORMAT, "family": state["family"], "config": state["config"], "data": state["data"],
+    return {"format": FORMAT, "family": state["family"], "config": dataclasses.asdict(model.config), "data": state["data"],
             "ema": module_state(model, half=True), "history": [r for r in state["history"] if "epoch" in r][-1:],
             "made": state["made"]}
 
