@@ -149,7 +149,9 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: Path, version: str) -> dict:
     """Read a checkpoint of this script on the CPU without ever running code that the file may hold."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it remarks on unusual pickles before it refuses them
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: train one with --mode train, or name another with "
                         "--checkpoint") from None
@@ -268,6 +270,9 @@ NO_NETWORK = 3  # exit status that says "the dataset could not be downloaded", a
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
+DATA_KEYS = ("dataset", "title", "channels", "image_size", "classes", "class_counts", "train_images")
+
+
 @dataclass
 class Images:
     """A dataset in memory: uint8 [N C H W] with int64 labels [N] (all 0 when there is one class)."""
@@ -282,9 +287,8 @@ class Images:
     def info(self) -> dict:
         """What a model must know about its data; stored in every checkpoint."""
         counts = torch.bincount(self.train_labels, minlength=len(self.classes)).tolist()
-        return {"dataset": self.name, "title": self.title, "channels": self.train.shape[1],
-                "image_size": self.train.shape[-1], "classes": self.classes, "class_counts": counts,
-                "train_images": len(self.train)}
+        channels, size = self.train.shape[1], self.train.shape[-1]
+        return dict(zip(DATA_KEYS, (self.name, self.title, channels, size, self.classes, counts, len(self.train))))
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -376,9 +380,11 @@ def open_image(path: Path) -> Any:
     """A PIL image in mode L or RGB: 16-bit scaled, palette expanded, first frame of an animation, alpha on white."""
     from PIL import Image, ImageOps, UnidentifiedImageError
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it remarks on odd metadata; what can't be read is an error all the same
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+                image.load()
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "no image format is recognised in it" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{path} can't be read as an image ({reason}): repair or remove it") from None
@@ -979,7 +985,7 @@ def file_digest(path: Path) -> str:
 
 def classifier_net(path: Path, device: torch.device, data: dict) -> FeatureNet:
     """The feature net `<dataset>_cnn` from a classifier checkpoint of the same kind of images."""
-    state = load_checkpoint(path, FORMAT)
+    state = open_checkpoint(path)
     if state["family"] != "classifier":
         raise UserError(f"{path} holds a {state['family']} model: --classifier takes a --model classifier")
     for key in ("dataset", "channels", "image_size"):
@@ -1175,6 +1181,20 @@ LOG_EVERY = 25  # steps between looks at the device's loss: each look waits for 
 EVALUATION_SHARE = 0.1  # of an epoch's work may go into measuring it
 
 
+def open_checkpoint(path: Path) -> dict:
+    """A checkpoint of this script, of a family that it knows, with the description of its data."""
+    state = load_checkpoint(path, FORMAT)
+    if state["family"] not in list(FAMILIES):  # a list: what stands there may not even be hashable
+        raise UserError(f"{path} holds a model {state['family']!r}, this script knows {', '.join(FAMILIES)}: use the "
+                        "version of the script that wrote it")
+    described = state["data"].keys() if isinstance(state["data"], dict) else set()
+    if missing := set(DATA_KEYS) - described:
+        raise UserError(f"{path} does not say the {', '.join(sorted(missing))} of its data: it was altered; restore a "
+                        "copy or train again")
+    restore_model(state)  # must succeed also where only a run is to be continued
+    return state
+
+
 class EpochEvaluation(NamedTuple):
     """What is measured between epochs: `count` images against a fixed part of the test set every `every` epochs."""
     net: FeatureNet | None = None
@@ -1190,20 +1210,13 @@ def module_state(model: nn.Module, half: bool = False) -> dict[str, Tensor]:
             for key, value in model.state_dict().items()}
 
 
-def known_family(state: dict) -> str:
-    if state["family"] not in FAMILIES:
-        raise UserError(f"the checkpoint holds a model {state['family']!r}, this script knows {', '.join(FAMILIES)}: "
-                        "use the version of the script that wrote it")
-    return state["family"]
-
-
 def restore_model(state: dict, **changes: Any) -> Family:
     """The model of a checkpoint with its EMA weights; `changes` replace fields of its config (sampling options)."""
-    family = FAMILIES[known_family(state)]
+    family = FAMILIES[state["family"]]
     try:
         model = family(dataclasses.replace(family.config_class(**state["config"]), **changes), state["data"])
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state["ema"].items()})
-    except (TypeError, KeyError, RuntimeError) as error:
+    except (TypeError, KeyError, RuntimeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"the checkpoint does not fit its own description ({first_line(error)}): it was "
                         "altered, or written by another version of this script") from None
     return model.to(memory_format=torch.channels_last)
@@ -1391,15 +1404,18 @@ class Trainer:
         bar.set_postfix(loss=f"{loss:.4f}")
 
     def _finish_epoch(self, epoch: int, evaluation: EpochEvaluation, on_epoch: Callable[[int], None]) -> None:
-        """Save first, then measure: a crash while measuring costs nothing but the measurement."""
+        """Save first, then draw and measure: a crash while measuring costs nothing but the measurement."""
+        self.sampler.eval()
+        figures = held_out(self.sampler, self.images, 1000 if self.model.can_sample else 10_000, self.world.device)
+        if not all(map(math.isfinite, figures.values())):
+            self._diverged("the held-out loss is not finite")
         self.save()
         mean = self.sums[0] / self.sums[1]
         self.world.average([mean])
         values: dict[str, Any] = {"epoch": epoch, "loss": mean.item(), "seconds": round(self.seconds, 2),
                                   "images_per_second": round(self.step * self.batch_size / self.seconds, 1),
                                   "learning_rate": next(iter(self.schedulers.values())).get_last_lr()[0]}
-        self.sampler.eval()
-        values |= held_out(self.sampler, self.images, 1000 if self.model.can_sample else 10_000, self.world.device)
+        values |= figures
         last = epoch == self.config.epochs
         if self.model.can_sample and evaluation.net is not None and (epoch % evaluation.every == 0 or last):
             labels = proportional_labels(self.model.data, evaluation.count)
@@ -1682,9 +1698,9 @@ def epoch_evaluation(given: dict[str, Any], model: Family, images: Images, world
 
 def resumed_config(given: dict[str, Any], state: dict) -> Any:
     """The run's own options; only its length and how often it saves may be changed half-way."""
-    if "optimizers" not in state:
-        raise UserError("--resume: the checkpoint holds only averaged weights, for drawing; only one that --mode "
-                        "train wrote can be continued")
+    if missing := {"model", "optimizers", "schedulers", "rng", "step", "epoch_done", "sums", "looked"} - state.keys():
+        raise UserError("--resume: the checkpoint holds averaged weights for drawing, but to continue it lacks "
+                        f"{', '.join(sorted(missing))}: only one that --mode train wrote can be continued")
     config = FAMILIES[state["family"]].config_class(**state["config"])
     wanted = config_given(given, state["family"])
     for name, value in wanted.items():
@@ -1702,10 +1718,10 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
     key, state = given.get("model", next(iter(FAMILIES))), None
     dataset = given.get("dataset", "mnist")
     if given.get("resume"):
-        state = load_checkpoint(default_paths(given, FAMILIES[key], dataset)[0], FORMAT)
+        state = open_checkpoint(default_paths(given, FAMILIES[key], dataset)[0])
         if given.get("model", state["family"]) != state["family"]:
             raise UserError(f"the checkpoint holds a {state['family']} model, not --model {key}", 2)
-        key, dataset = known_family(state), given.get("dataset", state["data"]["dataset"])
+        key, dataset = state["family"], given.get("dataset", state["data"]["dataset"])
     check_flags(given, key)
     checkpoint, results = default_paths(given, FAMILIES[key], dataset)
     size = given.get("image_size") or (state["data"]["image_size"] if state else None)
@@ -1725,10 +1741,7 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
     count = given.get("num_samples", 16)
     labels, names = pick_labels(given, model.data, count)
     if world.main:
-        check_writable(results)
-        check_writable(checkpoint.parent)
-        if checkpoint.is_dir():
-            raise UserError(f"{checkpoint} is a folder: --checkpoint takes a file")
+        check_outputs(results, checkpoint)
     trainer = Trainer(model, images, world, precision, given.get("compile", False), checkpoint, results)
     evaluation = epoch_evaluation(given, model, images, world)
     if state:
@@ -1760,6 +1773,13 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
     if world.main:
         print(f"trained for {trainer.seconds / 60:.1f} minutes; model in {checkpoint}, pictures in {results}")
     return 0
+
+
+def check_outputs(results: Path, checkpoint: Path) -> None:
+    check_writable(results)
+    check_writable(checkpoint.parent)
+    if checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is a folder: --checkpoint takes a file")
 
 
 def keep_previous(checkpoint: Path, state: dict | None) -> None:
@@ -1803,12 +1823,12 @@ def open_model(given: dict[str, Any], world: World, precision: torch.dtype) -> t
         if not path.exists():
             raise UserError(f"no {key} model for {dataset} yet: train one with --mode train, or name a checkpoint with "
                             "--checkpoint")
-    state = load_checkpoint(path, FORMAT)
+    state = open_checkpoint(path)
     for name, holds in (("model", state["family"]), ("dataset", state["data"]["dataset"]),
                         ("image_size", state["data"]["image_size"])):
         if given.get(name, holds) != holds:
             raise UserError(f"{path} was made with --{name} {holds}, not {given[name]}: name another --checkpoint", 2)
-    check_flags(given, known_family(state))
+    check_flags(given, state["family"])
     model = restore_model(state, **config_given(given, state["family"])).to(world.device).eval()
     model.precision = precision
     results = default_paths(given, type(model), dataset)[1]
@@ -1851,9 +1871,9 @@ def run_infer(given: dict[str, Any], world: World, precision: torch.dtype) -> in
 
 def export_state(model: Family, state: dict) -> dict:
     """What is shipped: averaged weights in half precision, the description, the last figures and the origin."""
-    return {"format": FORMAT, "family": state["family"], "config": dataclasses.asdict(model.config), "data": state["data"],
-            "ema": module_state(model, half=True), "history": [r for r in state["history"] if "epoch" in r][-1:],
-            "made": state["made"]}
+    return {"format": FORMAT, "family": state["family"], "config": dataclasses.asdict(model.config),
+            "data": state["data"], "ema": module_state(model, half=True),
+            "history": [r for r in state["history"] if "epoch" in r][-1:], "made": state["made"]}
 
 
 def run_evaluate(given: dict[str, Any], world: World, precision: torch.dtype) -> int:

@@ -47,7 +47,7 @@ if [[ -z "$data" ]]; then
 ********************************************************************************
 END
         DATASET=digits
-        EPOCHS="${EPOCHS:-300}" # an epoch is 42 times shorter than one of MNIST
+        EPOCHS="${EPOCHS:-150}" # an epoch is 42 times shorter than one of MNIST
     else
         [[ -z "$reason" ]] || printf '%s\n' "$reason" >&2
         ((status == 0)) || exit "$status"

@@ -231,7 +231,7 @@ def test_train_falls_back_to_the_embedded_digits_loudly(ready):
     assert done.stderr.startswith("*" * 80) and done.stderr.rstrip().endswith("*" * 80)
     for words in ("MNIST can't be reached", "MNIST can't be downloaded (no route to host)", "1,797 digits"):
         assert words in done.stderr
-    assert ready.calls("script")[0]["argv"] == ["--mode", "train", "--epochs=300", "--dataset=digits"]
+    assert ready.calls("script")[0]["argv"] == ["--mode", "train", "--epochs=150", "--dataset=digits"]
 
 
 def test_train_fallback_keeps_the_users_epochs(ready):
