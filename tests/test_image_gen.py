@@ -460,6 +460,23 @@ def test_ancestral_sampling_recovers_a_gaussian(schedule_name):
     assert drawn.std().item() == pytest.approx(DEVIATION, rel=0.02)
 
 
+@pytest.mark.parametrize("schedule_name", SCHEDULES)
+def test_ancestral_sampling_has_the_exact_noise_at_every_step(schedule_name):
+    """When all images are one image, q(x_s | x_t, image) is exact in strides of any length: at each time x is
+    alpha * image + sigma * noise."""
+    schedule, seen = ig.NoiseSchedule(schedule_name), {}
+    noise = ig.ImageNoise(0, range(4), CPU)
+
+    def denoise(x, t):
+        seen[t] = (x.mean().item(), x.std().item())
+        return torch.full_like(x, 0.8)
+
+    ig.sample_ddpm(denoise, noise.normal(1, 100, 100), [1000, 700, 500, 300, 100, 10], schedule, noise)
+    for t, (mean, deviation) in seen.items():
+        assert mean == pytest.approx(0.8 * schedule.alphas[t].item(), abs=0.02)
+        assert deviation == pytest.approx(schedule.sigmas[t].item(), rel=0.02)
+
+
 @pytest.mark.parametrize("steps", [1, 5, 1000])
 @pytest.mark.parametrize("sampler", sorted(ig.SAMPLERS))
 def test_any_number_of_steps_ends_at_the_image_that_the_model_knows(sampler, steps):
@@ -506,6 +523,33 @@ def test_loss_is_the_mean_squared_error_of_the_prediction():
     losses = [loss.item() for step in range(20) for _, loss, _ in
               model.losses(make_batch(ig.load_digits(None, None), 64, step))]
     assert np.mean(losses) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_labels_are_shown_and_hidden_as_often_as_asked(share):
+    model, images = build("diffusion", INFO, label_dropout=share), ig.load_digits(None, None)
+    shown = []
+    model.label.register_forward_pre_hook(lambda module, arguments: shown.append(arguments[0]))
+    batches = [make_batch(images, 400, step) for step in range(3)]
+    for batch in batches:
+        next(model.losses(batch))
+    shown, labels = torch.cat(shown), torch.cat([batch.labels for batch in batches])
+    hidden = shown == 10  # the row that stands for "no label"
+    assert torch.equal(shown[~hidden], labels[~hidden])
+    assert hidden.float().mean().item() == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("kind, middle", [("uniform", 0.5), ("logit_normal", 0.728)])
+def test_training_visits_all_times_as_often_as_asked(kind, middle):
+    """`middle` of the times lie in the middle half: P(|z| < log 3) for the logistic function of a normal z."""
+    model, images, times = build("diffusion", INFO, time_sampling=kind), ig.load_digits(None, None), []
+    model.time.register_forward_pre_hook(lambda module, arguments: times.append(arguments[0]))
+    for step in range(5):
+        next(model.losses(make_batch(images, 1400, step)))
+    times = torch.cat(times)
+    assert 1 <= times.min() < 40 and 960 < times.max() <= 1000
+    assert times.float().mean().item() == pytest.approx(500.5, abs=12)
+    assert ((times > 250) & (times <= 750)).float().mean().item() == pytest.approx(middle, abs=0.02)
 
 
 def test_positional_encoding_is_the_direct_formula():
@@ -1125,14 +1169,16 @@ def poison(monkeypatch, factor: float, after: int = 32) -> None:
     monkeypatch.setattr(ig.DiffusionModel, "losses", losses)
 
 
-def test_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(monkeypatch):
-    poison(monkeypatch, math.nan)
-    result = call(*RUN)
+@pytest.mark.parametrize("save_every, after, kept", [(5, 32, 30), (500, 23, 22)])  # noticed when saving; when logging
+def test_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
+        save_every, after, kept, monkeypatch):
+    poison(monkeypatch, math.nan, after)
+    result = call(*TRAIN, "--epochs", 2, "--save_every", save_every)
     assert_error(result, 1, "model.pt", "--learning_rate", bars=True)
     state = read("model.pt")
-    assert state["step"] == 30 and finite(state)
+    assert state["step"] == kept and finite(state)
+    assert all(math.isfinite(line["loss"]) for line in records("results"))
     assert not list(Path().rglob("*.part"))
-    monkeypatch.undo()
 
 
 def test_resume_after_divergence_starts_from_the_last_good_checkpoint(reference, place):

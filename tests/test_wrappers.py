@@ -105,7 +105,9 @@ class Project:
     def start(self, *command: str | Path, cwd: Path | None = None, **env: str) -> subprocess.Popen:
         return subprocess.Popen([str(part) for part in command], cwd=cwd or self.root, env=self.env | env, text=True,
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                start_new_session=True)
+                                start_new_session=True,
+                                # a runner started in the background ignores Ctrl-C, and bash hands that down
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     def run(self, *command: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
         process = self.start(*command, cwd=cwd, **env)
