@@ -64,7 +64,7 @@ class UserError(Exception):
     """Something the user can mend. Printed as one line without a traceback; `code` is the exit status."""
 
     def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))  # what it quotes may hold line breaks
         self.code = code
 
 
@@ -152,11 +152,9 @@ def load_checkpoint(path: Path, version: str) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it remarks on unusual pickles before it refuses them
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}: train one with --mode train, or name another with "
-                        "--checkpoint") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: --checkpoint takes a file") from None
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"no checkpoint at {path} ({error.strerror}): train one with --mode train, or name another "
+                        "file with --checkpoint") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not a plain-tensor checkpoint: it is damaged, or holds pickled Python objects "
                         "that could run code, and is not loaded; name another with --checkpoint") from None
@@ -192,11 +190,17 @@ class World:
     """The processes of one torchrun; alone without it. Every rank runs the same steps, rank 0 alone writes."""
 
     def __init__(self, device_name: str) -> None:
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
-        self.main = self.rank == 0
-        if self.size > 1:
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        try:
+            self.rank, self.size, local = (int(os.environ.get(*pair)) for pair in
+                                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            if not 0 <= self.rank < self.size or local < 0:
+                raise ValueError(f"RANK {self.rank}, LOCAL_RANK {local} of WORLD_SIZE {self.size}")
+            self.device, self.main = pick_device(device_name, local), self.rank == 0
+            if self.size > 1:
+                torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise UserError("RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are not as torchrun sets them "
+                            f"({first_line(error)}): start the script with torchrun, or unset them", 2) from None
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the processes: one all-reduce over one flat buffer."""
@@ -211,14 +215,12 @@ class World:
         """Put rows `rank::size` of every process back in order: [n, ...] on each -> [total, ...] on all."""
         if self.size == 1:
             return part
-        longest = -(-total // self.size)
-        part = torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
+        part = torch.cat([part, part.new_zeros(-(-total // self.size) - len(part), *part.shape[1:])])  # of one length
         parts = [torch.empty_like(part) for _ in range(self.size)]
         torch.distributed.all_gather(parts, part.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)[:total]
 
     def wait(self) -> None:
-        """Let the others catch up."""
         if self.size > 1:
             torch.distributed.barrier()
 
@@ -237,9 +239,8 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
         except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n' * (kind is int)} {kind.__name__}") from None
         if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
-            limit = f"above {low:g}" if open_low else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {limit}"
-                                             + (f" and at most {high:g}" if high < math.inf else ""))
+            limit = f"{'above' if open_low else 'at least'} {low:g}" + f" and at most {high:g}" * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {limit}")
         return value
 
     return parse
@@ -268,8 +269,6 @@ MNIST_MD5 = {  # of the unpacked files, so that an interrupted unpacking is noti
 }
 NO_NETWORK = 3  # exit status that says "the dataset could not be downloaded", and nothing else
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-
-
 DATA_KEYS = ("dataset", "title", "channels", "image_size", "classes", "class_counts", "train_images")
 
 
@@ -364,8 +363,10 @@ def load_mnist(root: Path | None, _size: int | None, world: World | None = None)
                   "MNIST")
 
 
-def load_digits(_root: Path | None, _size: int | None, _world: World | None = None) -> Images:
+def load_digits(root: Path | None, _size: int | None, _world: World | None = None) -> Images:
     """scikit-learn's 1,797 handwritten digits, [1 8 8], 17 grey levels; a fixed stratified fifth is held out."""
+    if root is not None:
+        raise UserError("--data_root has no effect with --dataset digits, which scikit-learn holds: leave it out", 2)
     from sklearn.datasets import load_digits as read
     from sklearn.model_selection import train_test_split
     images, labels = read(return_X_y=True)
@@ -669,7 +670,7 @@ class NoiseSchedule:
 
 
 # A sampler is a pure function of (denoise, x, times, schedule, noise): `denoise(x, t)` estimates the clean image
-# [B C H W] from x at timestep t, `x` is N(0, 1) noise, `times` decreases and is followed by t = 0.
+# [B C H W] from x at timestep t, `x` is x_t at the first of `times`, which decrease and are followed by t = 0.
 Denoiser = Callable[[Tensor, int], Tensor]
 
 
@@ -866,11 +867,11 @@ class DiffusionModel(Family):
 
     @torch.no_grad()
     def sample(self, labels: Tensor | None, noise: ImageNoise) -> Tensor:
-        data, config = self.data, self.config
-        x = noise.normal(data["channels"], data["image_size"], data["image_size"])
+        times, size = self.sampling_times(), self.data["image_size"]
+        # x_t but for its trace of signal (alpha is about 0.01); on the straight path sigma is 0.988 there, not 1
+        x = self.noise_schedule.sigmas[times[0]].item() * noise.normal(self.data["channels"], size, size)
         with self.cast():
-            return SAMPLERS[config.sampler](self.denoiser(labels, len(x)), x, self.sampling_times(),
-                                            self.noise_schedule, noise)
+            return SAMPLERS[self.config.sampler](self.denoiser(labels, len(x)), x, times, self.noise_schedule, noise)
 
     def describe_sampling(self) -> dict[str, Any]:
         steps = len(self.sampling_times())
@@ -1063,9 +1064,10 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 
 
 def kernel_distance(estimate: Tensor, reference: Tensor) -> tuple[float, float]:
-    """KID: squared MMD with a cubic kernel, mean and standard deviation over 50 subsets ([Bink18]), by torchmetrics."""
+    """KID: squared MMD with a cubic kernel, mean and standard deviation over 50 subsets ([Bink18]), by torchmetrics.
+    Of few vectors a subset takes half, so that subsets differ; at least four are needed."""
     from torchmetrics.image.kid import KernelInceptionDistance
-    size = min(1000, len(estimate), len(reference))
+    size = min(1000, len(estimate) // 2, len(reference) // 2)
     with seeded_and_quiet():
         metric = KernelInceptionDistance(passthrough(estimate.shape[1]), subsets=50, subset_size=size, **ALONE)
         metric.update(reference, real=True)
@@ -1119,11 +1121,17 @@ def measure(estimate: Features, reference: Features, net: FeatureNet, asked: Ten
         values[f"fid_{name}"] = None
         reasons[f"fid_{name}"] = f"needs more images ({count}) than features ({net.width})"
     values[f"is_{name}"], values[f"is_{name}_std"] = inception_score(estimate.logits)
-    values[f"kid_{name}"], values[f"kid_{name}_std"] = kernel_distance(estimate.vectors, reference.vectors)
+    pairs = [(kernel_distance, f"kid_{name}", f"kid_{name}_std")]
+    if not quick:
+        pairs.append((precision_recall, f"precision_{name}", f"recall_{name}"))
+    for metric, *keys in pairs:
+        if count > NEIGHBOURS:
+            values |= zip(keys, metric(estimate.vectors, reference.vectors), strict=True)
+        else:
+            values |= dict.fromkeys(keys)
+            reasons |= dict.fromkeys(keys, f"needs more than {NEIGHBOURS} images")
     if quick:
         return finite(values, reasons), reasons
-    if count > NEIGHBOURS:
-        values[f"precision_{name}"], values[f"recall_{name}"] = precision_recall(estimate.vectors, reference.vectors)
     if net.names_classes:
         predicted = estimate.logits.argmax(1)
         shares = torch.bincount(predicted, minlength=estimate.logits.shape[1]) / len(predicted)
@@ -1149,14 +1157,15 @@ def proportional_labels(data: dict, count: int) -> Tensor | None:
 @torch.no_grad()
 def generate(model: Family, labels: Tensor | None, count: int, seed: int, batch: int, world: World,
              bar: Any = None) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (image numbers, uint8 images [b C H W] on the CPU) for this process's share of images 0..count-1."""
-    mine = list(range(world.rank, count, world.size))
+    """Yield (image numbers, uint8 images [b C H W] on the CPU) for this process's share of images 0..count-1, which
+    go through `labels` in turn. Nothing here grows with `count`."""
+    mine = range(world.rank, count, world.size)
     training = model.training
     model.eval()
     try:
         for start in range(0, len(mine), batch):
-            part = mine[start:start + batch]
-            chosen = None if labels is None else labels[part].to(world.device)
+            part = list(mine[start:start + batch])
+            chosen = None if labels is None else labels[[i % len(labels) for i in part]].to(world.device)
             yield part, to_uint8(model.sample(chosen, ImageNoise(seed, part, world.device))).cpu()
             if bar is not None:
                 bar.update(len(part))
@@ -1474,7 +1483,7 @@ def picture(image: Tensor) -> Any:
 
 
 def grid_image(images: Tensor, path: Path, title: str, names: Sequence[str] | None = None) -> None:
-    """Save uint8 images [N C H W] as one picture: enlarged by a whole factor, a caption above, names below each.
+    """Save uint8 images [N C H W] as one picture: enlarged by a whole factor, a caption above, names below in turn.
     (Pillow rather than matplotlib: drawing samples should not wait for a plotting library to load.)"""
     from PIL import Image, ImageDraw, ImageFont
     count, size = len(images), images.shape[-1]
@@ -1491,7 +1500,7 @@ def grid_image(images: Tensor, path: Path, title: str, names: Sequence[str] | No
         x, y = left + i % columns * (cell + gap), head + i // columns * (cell + foot + gap)
         canvas.paste(picture(image).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST), (x, y))
         if names:
-            pen.text((x + cell // 2, y + cell + 1), names[i][:14], fill="#555555", font=small, anchor="ma")
+            pen.text((x + cell // 2, y + cell + 1), names[i % len(names)][:14], fill="#555555", font=small, anchor="ma")
     with replacing(path) as part:
         canvas.save(part, format="PNG")
 
@@ -1552,7 +1561,8 @@ GROUPS = {"run": "run", "data": "data", "optimisation": "optimisation (training)
 MODES = ("train", "infer", "evaluate")
 GROUP_MODES = {"optimisation": ("train",), "model": ("train",), "evaluation": ("train", "evaluate")}  # others: all
 FLAG_MODES = {"output_dir": ("infer",), "export": ("infer",), "label": ("train", "infer"), "resume": ("train",),
-              "num_samples": ("train", "infer"), "prepare_data": ("train",), "compile": ("train",)}
+              "num_samples": ("train", "infer"), "prepare_data": ("train",), "compile": ("train",),
+              "data_root": ("train", "evaluate")}
 CONFIG_FIELDS = {family: {f.name: f for f in dataclasses.fields(cls.config_class)} for family, cls in FAMILIES.items()}
 
 
@@ -1604,7 +1614,7 @@ def build_parser() -> Parser:
             defaults = [str(uses[0][1].default)] + [f"for {uses[0][0]}"] * (len(uses) == 1 < len(FAMILIES))
         text = meta["help"] + ("" if uses[0][1].default is None else f" (default {', '.join(defaults)})")
         flag(meta["group"], name, text, type=meta["type"], choices=meta["choices"])
-    flag("sampling", "num_samples", "images to draw (default 16)", type=number(int, 1))
+    flag("sampling", "num_samples", "images to draw (default 16)", type=number(int, 1, sys.maxsize))
     flag("sampling", "sample_batch", "images drawn at once, bounds the memory (default 250)", type=number(int, 1))
     flag("sampling", "label", "classes to draw, in turn, e.g. 7 or 0,1,2 (default all)")
     flag("sampling", "output_dir", "also save each image as a PNG file of its own here", type=Path)
@@ -1630,14 +1640,17 @@ def check_flags(given: dict[str, Any], family_key: str | None) -> None:
         owners = [family for family, fields in CONFIG_FIELDS.items() if name in fields]
         if owners and family_key is not None and family_key not in owners:
             raise UserError(f"--{name} belongs to --model {' or '.join(owners)}, not to {family_key}", 2)
+        draws = family_key is None or FAMILIES[family_key].can_sample or name == "export"
+        if not draws and group_of[name] in ("sampling", "evaluation"):
+            raise UserError(f"--{name} has no effect with --model {family_key}, which draws no images", 2)
 
 
 def config_given(given: dict[str, Any], family: str) -> dict[str, Any]:
     return {name: given[name] for name in CONFIG_FIELDS[family] if name in given}
 
 
-def pick_labels(given: dict[str, Any], data: dict, count: int) -> tuple[Tensor | None, list[str] | None]:
-    """Labels [N] that go through the classes of `--label` in turn, and their names; None for unlabelled data."""
+def pick_labels(given: dict[str, Any], data: dict) -> tuple[Tensor | None, list[str] | None]:
+    """The classes of `--label`, which the images go through in turn, and their names; None for unlabelled data."""
     classes = data["classes"]
     if len(classes) < 2:
         if "label" in given:
@@ -1647,8 +1660,7 @@ def pick_labels(given: dict[str, Any], data: dict, count: int) -> tuple[Tensor |
     for item in chosen:
         if item not in classes:
             raise UserError(f"--label {item}: the model knows {', '.join(classes[:20])}", 2)
-    names = [chosen[i % len(chosen)] for i in range(count)]
-    return torch.tensor([classes.index(name) for name in names]), names
+    return torch.tensor([classes.index(name) for name in chosen]), chosen
 
 
 def find_feature_net(given: dict[str, Any], data: dict, device: torch.device) -> tuple[FeatureNet | None, str]:
@@ -1738,8 +1750,7 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
         config = FAMILIES[key].config_class(**config_given(given, key))
     torch.manual_seed(config.seed)
     model = FAMILIES[key](config, images.info())
-    count = given.get("num_samples", 16)
-    labels, names = pick_labels(given, model.data, count)
+    labels, names = pick_labels(given, model.data)
     if world.main:
         check_outputs(results, checkpoint)
     trainer = Trainer(model, images, world, precision, given.get("compile", False), checkpoint, results)
@@ -1751,9 +1762,10 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
         announce(trainer, evaluation)
 
     def draw(name: str, *title: str) -> None:
+        count = min(given.get("num_samples", 16), GRID)
         drawn = generate_all(trainer.sampler, labels, count, config.seed, given.get("sample_batch", 250), world)
         if world.main:
-            grid_image(drawn[:GRID], results / name, title_of(model, *title), names)
+            grid_image(drawn, results / name, title_of(model, *title), names)
 
     def on_epoch(epoch: int) -> None:
         milestone = epoch in (1, 5, config.epochs) or epoch % 10 == 0
@@ -1763,7 +1775,7 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
             draw_curves(trainer)
 
     trainer.fit(evaluation, on_epoch)
-    if trainer.stopped():
+    if trainer.stopped() and trainer.epoch_done < config.epochs:  # a signal in the last step: nothing is left to resume
         if world.main:
             print(f"stopped at step {trainer.step} of {config.epochs * trainer.steps_per_epoch}; --resume continues "
                   f"from {checkpoint}", file=sys.stderr)
@@ -1783,9 +1795,10 @@ def check_outputs(results: Path, checkpoint: Path) -> None:
 
 
 def keep_previous(checkpoint: Path, state: dict | None) -> None:
-    """A new run does not destroy the model of an earlier one: it is moved aside."""
+    """A new run destroys no model of an earlier one: it is moved aside, to a name that is still free."""
     if state is None and checkpoint.exists():
-        old = checkpoint.with_suffix(".previous" + checkpoint.suffix)
+        names = (checkpoint.with_suffix(f".previous{n}{checkpoint.suffix}") for n in itertools.count(1))
+        old = next(name for name in names if not os.path.lexists(name))
         os.replace(checkpoint, old)
         print(f"the model that was in {checkpoint} is kept as {old.name} (--resume would have continued it)")
 
@@ -1843,7 +1856,9 @@ def run_infer(given: dict[str, Any], world: World, precision: torch.dtype) -> in
         raise UserError("--mode infer runs in one process: start it without torchrun", 2)
     model, state, path, results = open_model(given, world, precision)
     count, batch, output = given.get("num_samples", 16), given.get("sample_batch", 250), given.get("output_dir")
-    labels, names = pick_labels(given, model.data, count)
+    labels, names = pick_labels(given, model.data)
+    if "export" in given and given["export"].exists() and given["export"].samefile(path):
+        raise UserError(f"--export {given['export']} would replace the checkpoint that is read: name another file", 2)
     if output:
         check_writable(output)
     shipped = " (the shipped weights)" if path.parent == HERE / "pretrained" else ""
@@ -1858,7 +1873,7 @@ def run_infer(given: dict[str, Any], world: World, precision: torch.dtype) -> in
         for part, images in generate(model, labels, count, model.config.seed, batch, world, bar):
             shown += images[:max(0, GRID - len(shown))]
             for i, image in zip(part, images, strict=True) if output else ():
-                label = "".join(c if c.isalnum() or c in "-+." else "-" for c in names[i]) if names else ""
+                label = "".join(c if c.isalnum() or c in "-+." else "-" for c in names[i % len(names)]) if names else ""
                 with replacing(output / f"{i:05d}{'_label' + label if names else ''}.png") as file:
                     picture(image).save(file, format="PNG")
     seconds = time.perf_counter() - started
@@ -1961,8 +1976,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: stopped", file=sys.stderr)
         return 130
     except OSError as error:  # a disk that fills up, a folder that vanishes
-        print(f"error: {error.filename or 'file'}: {error.strerror or error}; checkpoints written so far are whole",
-              file=sys.stderr)
+        name = " ".join(str(error.filename or "file").splitlines())
+        print(f"error: {name}: {error.strerror or error}; checkpoints written so far are whole", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:
         print("error: out of memory: lower --batch_size or --sample_batch, or use --device cpu", file=sys.stderr)
@@ -1974,7 +1989,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     exit_status = main()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads now and then abort an orderly shutdown (torch 2.11)
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # gloo's threads now and then abort an orderly shutdown (torch 2.11)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_status)

@@ -28,6 +28,7 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -235,7 +236,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(ig, "HERE", tmp_path / "script")
     monkeypatch.setattr(ig, "draw_curves", lambda trainer: None)
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MNIST_MIRROR", "MNIST_MIRROR_ONLY"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MNIST_MIRROR", "MNIST_MIRROR_ONLY"):
         monkeypatch.delenv(name, raising=False)
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     timeout = socket.getdefaulttimeout()
@@ -448,6 +449,29 @@ def test_sampler_follows_the_exact_flow_of_a_gaussian(sampler, schedule_name):
         assert errors[1] < 0.005 and 3.6 < ratio < 5
         assert drawn.mean().item() == pytest.approx(MEAN, abs=0.02)
         assert drawn.std().item() == pytest.approx(DEVIATION, rel=0.025)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", sorted(ig.SAMPLERS))
+def test_sampling_starts_with_as_much_noise_as_its_first_time_has(sampler, schedule):
+    model = build("diffusion", INFO, sampler=sampler, schedule=schedule, steps=20)
+    seen, expected = [], ig.ImageNoise(0, range(3), CPU).normal(1, 8, 8)
+    model.denoiser = lambda labels, count: lambda x, t: seen.append((x, t)) or torch.zeros_like(x)
+    model.sample(None, ig.ImageNoise(0, range(3), CPU))
+    x, t = seen[0]
+    assert t == model.sampling_times()[0] > 900
+    torch.testing.assert_close(x, expected * model.noise_schedule.sigmas[t].item(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm++"])
+def test_drawn_images_of_a_perfect_model_have_the_deviation_of_its_data(sampler, schedule):
+    """These samplers stretch their noise alike everywhere, so that the deviation they end with can be told to a
+    thousandth, however few the images: noise of deviation 1 at a time that has 0.988 is seen."""
+    model = build("diffusion", INFO, sampler=sampler, schedule=schedule, steps=200)
+    model.denoiser = lambda labels, count: gaussian_denoiser(model.noise_schedule, MEAN, DEVIATION)
+    drawn, noise = model.sample(None, ig.ImageNoise(0, range(9), CPU)), ig.ImageNoise(0, range(9), CPU).normal(1, 8, 8)
+    assert (drawn.std() / noise.std()).item() == pytest.approx(DEVIATION, rel=0.02 if sampler == "ddim" else 0.004)
 
 
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
@@ -671,6 +695,23 @@ def test_kernel_distance_tells_a_shift_from_chance():
     kernel = lambda a, b: (a @ b.T / 8 + 1) ** 3  # noqa: E731
     within = sum((k.sum() - k.diagonal().sum()) / (800 * 799) for k in (kernel(x, x), kernel(y, y)))
     assert far == pytest.approx((within - 2 * kernel(x, y).mean()).item(), rel=0.05)
+
+
+@pytest.mark.parametrize("count", [40, 400, 1200, 3000])
+def test_deviation_of_the_kernel_distance_is_that_between_subsets(count):
+    """About that of new vectors in the number that a subset has: half of few ones, a thousand of many."""
+    def draw(seed, rows):
+        return torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed))
+
+    size = min(1000, count // 2)
+    kernel = lambda a, b: (a @ b.T / 8 + 1) ** 3  # noqa: E731
+    fresh = []
+    for seed in range(2, 42, 2):
+        x, y = draw(seed, size), draw(seed + 1, size)
+        within = sum((k.sum() - k.diagonal().sum()) / (size * (size - 1)) for k in (kernel(x, x), kernel(y, y)))
+        fresh.append((within - 2 * kernel(x, y).mean()).item())
+    deviation = ig.kernel_distance(draw(0, count), draw(1, count + 7))[1]
+    assert np.std(fresh) / 2 < deviation < 2 * np.std(fresh)
 
 
 def test_precision_and_recall_of_same_disjoint_and_missing_modes():
@@ -936,11 +977,14 @@ def test_training_with_bfloat16_and_more_samples_than_one_picture_holds():
     assert len(grids["final_samples.png"].images) == 400
 
 
-def test_new_run_keeps_the_model_of_the_last_one(model_file):
-    before = model_file.read_bytes()
-    ok(*TRAIN, "--epochs", 1)
-    assert read(model_file)["step"] == 22
-    assert any(path.read_bytes() == before for path in Path().iterdir() if path.is_file())
+def test_new_runs_keep_the_models_of_all_earlier_ones(model_file):
+    models = [model_file.read_bytes()]
+    for seed in range(3):
+        result = ok(*TRAIN, "--epochs", 1, "--batch_size", 500, "--seed", seed)
+        assert read(model_file)["config"]["seed"] == seed and f"kept as model.previous{seed + 1}.pt" in result.out
+        models.append(model_file.read_bytes())
+    kept = [Path(f"model.previous{n}.pt").read_bytes() for n in (1, 2, 3)]
+    assert kept == models[:3] and len(set(models)) == 4
 
 
 @pytest.mark.parametrize("flags", [("--classifier", "missing.pt"), ("--fid_features", "cnn"),
@@ -961,6 +1005,33 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(reference, at):
     assert read("model.pt")["step"] == at
     ok(*RUN, "--resume")
     assert_same_run(".", reference)
+
+
+def test_signal_in_the_last_step_loses_nothing(reference, place):
+    """Whether the run still ends as usual or is left to --resume: all of its outputs come to be."""
+    with signal_after(STEPS):
+        result = call(*RUN)
+    assert result.code in (0, 143)
+    if result.code:
+        ok(*RUN, "--resume")
+    assert_same_run(place, reference)
+
+
+def test_second_signal_stops_at_once(reference, place, monkeypatch):
+    original = ig.Trainer.train_step
+
+    def train_step(self):
+        original(self)
+        if self.step == 13:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ig.Trainer, "train_step", train_step)
+        assert_error(call(*RUN), 130, "stopped", bars=True)
+    assert read("model.pt")["step"] == 10
+    ok(*RUN, "--resume")
+    assert_same_run(place, reference)
 
 
 def test_run_may_be_stopped_again_and_again_in_bfloat16_too():
@@ -1147,7 +1218,7 @@ def test_run_of_two_processes_stops_with_torchrun_and_resumes_alone(reference, p
     assert_nearly_same_run(place, reference)
 
 
-def test_batch_that_can_not_be_shared_is_a_usage_error(monkeypatch):
+def test_batch_that_can_not_be_shared_is_a_usage_error():
     world = ig.World("cpu")
     world.size = 3
     images = ig.load_digits(None, None)
@@ -1256,7 +1327,7 @@ def write_hostile(kind: str, whole: Path) -> None:
 HOSTILE = {"missing": "--mode train", "truncated": "train again", "cut early": "model.pt", "empty": "train again",
            "text": "model.pt", "zip": "model.pt", "foreign": "--checkpoint", "weights only": "--checkpoint",
            "list": "--checkpoint", "pickled object": "--checkpoint", "plain pickle": "--checkpoint",
-           "old pickle": "--checkpoint", "directory": "folder", "other version": "image_gen/0", "no version": "format",
+           "old pickle": "--checkpoint", "directory": "Is a", "other version": "image_gen/0", "no version": "format",
            "unknown family": "gan"}
 
 
@@ -1354,6 +1425,9 @@ USAGE = [
     (("--dataset", "folder"), "--data_root"), (("--width", "8"), "classifier"), (("--levels", "5"), "--levels"),
     (("--output_dir", "x"), "infer"), (("--export", "x"), "infer"), (("--image_size", "16"), "--image_size"),
     (("--model", "classifier", "--guidance", "2"), "diffusion"), (("--inception_weights", "x"), "inception"),
+    (("--data_root", "."), "scikit-learn"), (("--prepare_data", "--data_root", "."), "scikit-learn"),
+    *((("--model", "classifier", flag, "2"), f"{flag} ") for flag in (
+        "--num_samples", "--label", "--sample_batch", "--eval_samples", "--classifier")),
 ]
 
 
@@ -1370,10 +1444,60 @@ def test_wrong_flag_is_a_usage_error(flags, word, monkeypatch):
     (("--epochs", "3"), "--mode train"), (("--resume",), "--mode train"), (("--width", "8"), "--width"),
     (("--eval_samples", "20"), "--mode"), (("--model", "classifier"), "diffusion"), (("--dataset", "mnist"), "digits"),
     (("--image_size", "16"), "8"), (("--sampl", "ddim"), "--sampl"), (("--compile",), "--mode train"),
+    (("--data_root", "."), "--mode train or evaluate"),
 ])
 def test_flag_that_inference_can_not_honour_is_a_usage_error(model_file, flags, word):
     assert_error(call(*INFER, *flags), 2, word)
     assert not Path("results/final_samples.png").exists()
+
+
+@pytest.mark.parametrize("flags", [("--num_samples", "3"), ("--sample_batch", "3"), ("--eval_samples", "20"),
+                                   ("--output_dir", "out"), ("--fid_features", "cnn")])
+def test_flag_about_drawing_is_a_usage_error_for_a_model_that_draws_nothing(classifier, flags):
+    for mode in ("infer", "evaluate"):
+        result = call("--mode", mode, *COMMON, "--checkpoint", classifier, *flags)
+        assert_error(result, 2, flags[0], "no effect")
+    assert_error(call("--resume", *COMMON, "--checkpoint", classifier, "--num_samples", 3), 2, "--model classifier")
+
+
+def test_data_folder_is_a_usage_error_where_the_model_has_seen_digits(model_file):
+    for command in (EVALUATE, ("--resume", *COMMON)):
+        assert_error(call(*command, "--data_root", "."), 2, "--data_root", "scikit-learn")
+
+
+@pytest.mark.parametrize("flags", [("--checkpoint", "a\nb.pt"), ("--label", "7\r\n8"), ("--no\nsuch", "1"),
+                                   ("--results_dir", "file\n\n/below"), ("--seed", "1\u2028x")])
+def test_line_break_in_an_argument_does_not_break_the_error(model_file, flags):
+    Path("file\n\n").touch()
+    result = call(*INFER, *flags)
+    assert_error(result, result.code)
+    assert len(result.err.splitlines()) == 1
+
+
+def test_line_break_in_the_name_of_a_lost_file_does_not_break_the_error(model_file, monkeypatch):
+    def vanish(*arguments, **options):
+        raise FileNotFoundError(errno.ENOENT, "gone", "a\nb")
+
+    monkeypatch.setattr(ig, "grid_image", vanish)
+    assert_error(call(*INFER), 1, "a b: gone", bars=True)
+
+
+@pytest.mark.parametrize("environment", [
+    {"WORLD_SIZE": "x"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}, {"RANK": "1"}, {"RANK": "1.5"},
+    {"LOCAL_RANK": "-1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "2"},
+    {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+    {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}],
+    ids=lambda given: " ".join(f"{name}={value}" for name, value in given.items()))
+def test_environment_that_torchrun_would_not_make_is_one_error(environment, model_file, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert_error(call(*TRAIN), 2, "torchrun", "WORLD_SIZE")
+
+
+def test_environment_that_torchrun_would_not_make_is_one_error_of_the_program_too(place, python):
+    process = python(SCRIPT, *TRAIN, cwd=place, env={"WORLD_SIZE": "x"})
+    out, err = process.communicate(timeout=120)
+    assert_error(Result(process.returncode, out, err), 2, "torchrun", "'x'")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -1406,6 +1530,22 @@ def test_folder_in_the_place_of_the_new_checkpoint_is_an_error_and_stays(monkeyp
     monkeypatch.setattr(ig.Trainer, "train_step", lambda self: pytest.fail("training started"))
     assert_error(call(*TRAIN, "--checkpoint", "mine"), 1, "mine", "folder")
     assert Path("mine/diary.txt").read_text() == "dear diary"
+
+
+@pytest.mark.parametrize("kind", ["itself", "absolute", "another way", "link", "read through a link"])
+def test_export_never_replaces_the_checkpoint_that_it_reads(kind, model_file):
+    before, flags = model_file.read_bytes(), ("--checkpoint", "model.pt")
+    Path("folder").mkdir()
+    Path("link.pt").symlink_to("model.pt")
+    target = {"itself": "model.pt", "absolute": model_file, "another way": "folder/../model.pt", "link": "link.pt",
+              "read through a link": "model.pt"}[kind]
+    if kind == "read through a link":
+        flags = ("--checkpoint", "link.pt")
+    assert_error(call(*INFER, *flags, "--export", target), 2, "--export", "another file")
+    assert model_file.read_bytes() == before and Path("link.pt").is_symlink()
+    ok(*INFER, *flags, "--export", "new.pt")
+    ok(*INFER, *flags, "--export", "new.pt")  # any other file may be written again
+    assert "optimizers" not in read("new.pt") and model_file.read_bytes() == before
 
 
 @contextlib.contextmanager
@@ -1844,7 +1984,7 @@ def test_each_image_is_a_file_with_the_pixels_of_the_picture(model_file):
     names = [f"{i:05d}_label{label}.png" for i, label in enumerate("70707")]
     assert sorted(path.name for path in Path("out").iterdir()) == names
     grid = grids["final_samples.png"]
-    assert grid.names == list("70707") and grid.images.shape == (5, 1, 8, 8)
+    assert grid.names == list("70") and grid.images.shape == (5, 1, 8, 8)
     canvas = Image.open("results/final_samples.png").convert("L")
     for name, image in zip(names, grid.images):
         own = pixels(f"out/{name}")
@@ -1885,8 +2025,49 @@ def test_every_sampler_draws_from_the_command_line(model_file, sampler, guidance
 
 def test_default_label_order_goes_through_all_classes(model_file):
     with recorded_grids() as grids:
-        ok(*INFER, "--num_samples", 12)
-    assert grids["final_samples.png"].names == list("012345678901")
+        ok(*INFER, "--num_samples", 12, "--output_dir", "out", "--sample_batch", 5)
+    assert grids["final_samples.png"].names == list("0123456789")
+    assert [path.stem[-1] for path in sorted(Path("out").iterdir())] == list("012345678901")
+
+
+def test_names_stand_below_the_images_in_turn():
+    images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for path, names in (("turn.png", ["a", "b"]), ("each.png", list("ababa")), ("other.png", list("abaab"))):
+        ig.grid_image(images, Path(path), "title", names)
+    assert np.array_equal(pixels("turn.png"), pixels("each.png"))
+    assert not np.array_equal(pixels("turn.png"), pixels("other.png"))
+
+
+def test_memory_for_drawing_does_not_grow_with_the_number_of_images(model_file, monkeypatch):
+    """Stopped after a few of very many: until then no list of all of them may have been made."""
+    seen = []
+
+    def sample(self, labels, noise):
+        seen.append(labels.tolist())
+        if len(seen) == 150:
+            raise KeyboardInterrupt
+        return torch.zeros(len(labels), 1, 8, 8)
+
+    monkeypatch.setattr(ig.DiffusionModel, "sample", sample)
+    tracemalloc.start()
+    try:
+        flags = ("--num_samples", 20_000_000, "--sample_batch", 3, "--label", "5,6,7,8")
+        assert_error(call(*INFER, *flags), 130, "stopped", bars=True)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert len(seen) == 150 and list(itertools.chain(*seen)) == [5 + i % 4 for i in range(450)]
+    seen.clear()
+    assert_error(call(*INFER, "--num_samples", sys.maxsize, "--sample_batch", 1), 130, "stopped", bars=True)
+    assert_error(call(*INFER, "--num_samples", sys.maxsize + 1), 2, "--num_samples")
+
+
+def test_training_draws_no_more_images_than_its_pictures_show(monkeypatch):
+    numbers, original = [], ig.generate_all
+    monkeypatch.setattr(ig, "generate_all", lambda *a, **k: numbers.append(a[2]) or original(*a, **k))
+    with recorded_grids() as grids:
+        ok(*TRAIN, "--epochs", 1, "--steps", 1, "--num_samples", 10 ** 9, "--batch_size", 700)
+    assert set(numbers) == {400} and len(grids["final_samples.png"].images) == 400
 
 
 def test_missing_checkpoint_falls_back_on_shipped_weights_only_when_none_was_named(trained, place):
@@ -1982,8 +2163,12 @@ def test_metric_that_can_not_be_computed_is_null_with_its_reason(model_file, cla
     assert metrics["fid_digits_cnn"]["value"] is None
     assert "20" in metrics["fid_digits_cnn"]["reason"] and "32" in metrics["fid_digits_cnn"]["reason"]
     assert isinstance(metrics["kid_digits_cnn"]["value"], float)
-    metrics = evaluation("--classifier", classifier, "--eval_samples", 2)["metrics"]
+    metrics = evaluation("--classifier", classifier, "--eval_samples", 3)["metrics"]
     assert all(entry["value"] is not None or entry["reason"] for entry in metrics.values())
+    for key in ("kid_digits_cnn", "kid_digits_cnn_std", "precision_digits_cnn", "recall_digits_cnn"):
+        assert metrics[key]["value"] is None and "3 images" in metrics[key]["reason"]
+    metrics = evaluation("--classifier", classifier, "--eval_samples", 4)["metrics"]
+    assert all(isinstance(metrics[key]["value"], float) for key in ("kid_digits_cnn_std", "recall_digits_cnn"))
 
 
 def test_evaluation_without_a_classifier_says_so(model_file):
@@ -2083,6 +2268,12 @@ def test_functions_fit_a_screen():
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = node.end_lineno - node.lineno + 1
             assert length <= 60, f"{node.name} has {length} lines"
+
+
+def test_shared_plumbing_stays_small_and_speaks_of_neither_images_nor_sound():
+    block = SCRIPT.read_text().split("# >>> shared plumbing")[1].split("# <<< shared plumbing")[0]
+    assert len(block.splitlines()) <= 200  # one of them is the rest of the opening line
+    assert not re.search(r"image|picture|pixel|audio|sound|wave", block, re.IGNORECASE)
 
 
 def test_table_of_contents_is_that_of_the_banners():
