@@ -706,17 +706,26 @@ class Batch(NamedTuple):
     progress: float = 1.0  # how much of the run is behind us, for what is warmed up
 
 
-def cut(track: Track, start: int) -> Tensor:
-    """float32 [CLIP], or shorter where the track ends"""
-    return torch.from_numpy(np.array(track.audio[start:start + CLIP])).float()  # torch converts 3 times as fast
+def cut(track: Track, start: int, length: int = CLIP) -> Tensor:
+    """float32 [length], or shorter where the track ends"""
+    return torch.from_numpy(np.array(track.audio[start:start + length])).float()  # torch converts 3 times as fast
 
 
-def random_crops(tracks: Sequence[Track], draw: Draw) -> Batch:
+def stretched(crop: Tensor, speed: float) -> Tensor:
+    """The crop played at another speed, cut to at most a clip: linear interpolation, enough for learning"""
+    if speed == 1:
+        return crop
+    return F.interpolate(crop[None, None], size=max(1, int(len(crop) / speed)), mode="linear")[0, 0, :CLIP]
+
+
+def random_crops(tracks: Sequence[Track], draw: Draw, speed: float = 0.0) -> Batch:
     """Training clips: from a track drawn by its length, at a random start, not silent, with random gain (-12 to +3 dB,
-    never clipped) and polarity; half of them have a crop of another track added, which makes new mixtures."""
+    never clipped) and polarity; half of them have a crop of another track added, which makes new mixtures. With `speed`
+    they are played faster or slower, and so higher or lower, by up to as many octaves."""
     tries = 9
     places = torch.rand(draw.total, 2, tries, 2, generator=draw.generator, dtype=torch.float64)[draw.rows].numpy()
     others = torch.rand(draw.total, 5, generator=draw.generator)[draw.rows].tolist()
+    speeds = 2 ** (speed * (2 * torch.rand(draw.total, 2, generator=draw.generator)[draw.rows] - 1))
     edges = np.cumsum([max(len(track.audio), CLIP) for track in tracks])
     audio, frames = torch.zeros(len(places), CLIP), torch.zeros(len(places), dtype=torch.int64)
     for row, (candidates, (*gains, sign, sign2, mix)) in enumerate(zip(places, others)):
@@ -727,10 +736,12 @@ def random_crops(tracks: Sequence[Track], draw: Draw) -> Batch:
                 index = int(np.searchsorted(edges, u * edges[-1], "right"))
                 if index == taken:
                     continue
-                crop = cut(tracks[index], int(v * (max(len(tracks[index].audio) - CLIP, 0) + 1)))
+                length = math.ceil(CLIP * speeds[row, layer].item())
+                crop = cut(tracks[index], int(v * (max(len(tracks[index].audio) - length, 0) + 1)), length)
                 if torch.dot(crop, crop) > SILENCE ** 2 * len(crop):
                     break
             if crop is not None:  # there may be no other track
+                crop = stretched(crop, speeds[row, layer].item())
                 gain = 10 ** ((15 * gains[layer] - 12) / 20)
                 audio[row, :len(crop)].add_(crop, alpha=gain if flip < 0.5 else -gain)
                 frames[row] = max(int(frames[row]), -(-len(crop) // HOP))
@@ -984,8 +995,13 @@ class RunConfig:
                               number(float, 0, 1))
     grad_clip: float = option(1.0, "optimisation", "largest norm of a gradient", number(float, 0, open_low=True))
     save_every: int = option(200, "optimisation", "steps between checkpoints inside an epoch", number(int, 1))
+    speed: float = option(0.4, "optimisation", "octaves by which training crops are at most sped up or slowed down",
+                          number(float, 0, 1))
     n_mels: int = option(128, "model", "mel bins, of the model and of the metrics on them", number(int, 8, 513))
     seed: int = option(0, "run", "of everything random", number(int, 0, 2**63 - 1))
+
+
+Clips = Callable[[], Iterator[Batch]]
 
 
 class Family(nn.Module, abc.ABC):
@@ -1016,8 +1032,9 @@ class Family(nn.Module, abc.ABC):
         """Sub-modules that have an optimizer of their own."""
         return {"model": self}
 
-    def prepare(self, clips: Callable[[], Iterator[Batch]]) -> None:
-        """Take statistics of the training set; they live in the checkpoint from then on."""
+    def prepare(self, clips: Clips, crops: Clips | None = None) -> None:
+        """Take statistics of the training set's `clips`, which live in the checkpoint from then on, and start the
+        weights from what random `crops` (default: the same) have in common."""
         self.preprocessor.fit(clips())
 
     def latents_per_second(self) -> float:
@@ -1106,12 +1123,13 @@ class MelFamily(Family):
             return from_planes(self.synthesis(to_planes(codes))) + from_planes(self.decoder(to_planes(codes)))
 
     @torch.no_grad()
-    def prepare(self, clips: Callable[[], Iterator[Batch]]) -> None:
-        super().prepare(clips)
+    def prepare(self, clips: Clips, crops: Clips | None = None) -> None:
+        super().prepare(clips, crops)
         mels, patch = self.config.n_mels, self.analysis.kernel_size[1]
         parts = torch.cat([
-            mel[:, :max(count, patch)].unfold(1, patch, max(1, patch // 4)).transpose(0, 1).reshape(-1, mels * patch)
-            for b in itertools.islice(clips(), 60) for mel, count in zip(self.log_mel(b.audio), b.frames.tolist())])
+            mel[:, :max(count, patch)].unfold(1, patch, max(1, patch // 2)).transpose(0, 1).reshape(-1, mels * patch)
+            for b in itertools.islice((crops or clips)(), 60)
+            for mel, count in zip(self.log_mel(b.audio), b.frames.tolist())])
         basis, spread = principal_components(parts[torch.randperm(len(parts))[:12_000]], self.analysis.out_channels)
         basis = basis.view(-1, mels, 1, patch)
         self.analysis.weight.copy_(basis / spread[:, None, None, None])
@@ -1156,9 +1174,9 @@ class AudioAutoencoder(MelFamily):
         return self.from_codes(self.from_latent(latent).view(len(latent), self.CODES, 16))
 
     @torch.no_grad()
-    def prepare(self, clips: Callable[[], Iterator[Batch]]) -> None:
-        super().prepare(clips)
-        rows = torch.cat([self.to_codes(self.log_mel(b.audio)).flatten(1) for b in clips()])
+    def prepare(self, clips: Clips, crops: Clips | None = None) -> None:
+        super().prepare(clips, crops)
+        rows = torch.cat([self.to_codes(self.log_mel(b.audio)).flatten(1) for b in (crops or clips)()])
         weights = self.synthesis.weight.square().sum((1, 2, 3)).sqrt().repeat_interleave(16)  # errors count as heard
         basis, spread = principal_components(rows * weights, self.config.latent_dim)
         self.to_latent.weight.copy_(basis * weights / spread[:, None])
@@ -1191,7 +1209,7 @@ def from_planes(planes: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VaeConfig(RunConfig):
-    latent_dim: int = option(128, "model", LATENT_HELP, number(int, 1, 65536))
+    latent_dim: int = option(160, "model", LATENT_HELP, number(int, 1, 65536))
     latent_frames: int = option(16, "model", "latent vectors per clip, in time: 1, 16, 32, 64, 128 or 256",
                                 number(int, 1, FRAMES))
     width: int = option(192, "model", WIDTH_HELP, number(int, 8, 4096))
@@ -1439,10 +1457,10 @@ class WaveformVAE(Family):
         return {"val_sdr_db": (10 * ratio[sound].log10()).mean().item() if sound.any() else 0.0,
                 "val_kbit_per_second": (bits * used).sum().item() / batch.frames.sum().item() * SAMPLE_RATE / HOP / 1e3}
 
-    def prepare(self, clips: Callable[[], Iterator[Batch]]) -> None:
+    def prepare(self, clips: Clips, crops: Clips | None = None) -> None:
         """Besides the statistics: a first dictionary by K-SVD on the training set [Aharon06], so that the gradient
         starts from patterns instead of noise. Each atom is moved to the direction that its uses leave over."""
-        super().prepare(clips)
+        super().prepare(clips, crops)
         moments = sum(torch.einsum("blt,bkt->lk", lines, lines) for lines in (self.mdct(b.audio) for b in clips()))
         self.principal.copy_(torch.linalg.eigh(moments.double())[1].flip(1))
         pool = torch.cat([self.patches(self.mdct(b.audio / b.audio.square().mean(1, keepdim=True).sqrt().clamp(1e-4)))
@@ -1517,7 +1535,7 @@ def pursue(patches: Tensor, atoms: Tensor, count: int, most: int = 400) -> tuple
         atom = strongest(products)
         amplitude = products.gather(1, atom[:, None])[:, 0]
         rest[live] = part - amplitude[:, None] * atoms[atom]
-        gain = torch.minimum(last[live], amplitude.square())  # a term never comes before the one it builds upon
+        gain = torch.minimum(last[live] * (1 - 1e-6), amplitude.square())  # a term comes after what it builds upon
         last[live] = gain
         found.append((live, atom, torch.stack([amplitude, gain], 1)))
         gains = torch.cat([gains[gains >= limit], gain])
@@ -1857,9 +1875,10 @@ class Trainer:
         self.looked = torch.zeros(2, device=world.device)  # and what they were at the last look
         self.stop = StopSignal()
         self.stop_all = torch.zeros(1, device=world.device)
-        if compile_it:
-            for player in self.model.players().values():
-                player.compile()
+        if compile_it:  # the networks; a family itself is never called
+            for network in self.model.children():
+                if isinstance(network, nn.Sequential):
+                    network.compile()
 
     @property
     def averaged(self) -> Family:
@@ -1920,7 +1939,7 @@ class Trainer:
         share, started = self.batch_size // self.world.size, time.perf_counter()
         rows = slice(self.world.rank * share, (self.world.rank + 1) * share)
         batch = random_crops(self.audio.train, Draw(self.config.seed, self.step, self.batch_size, rows,
-                                                    self.world.device))
+                                                    self.world.device), self.config.speed)
         self.data_seconds += time.perf_counter() - started
         return batch._replace(progress=self.step / (self.config.epochs * self.steps_per_epoch))
 
@@ -2381,7 +2400,7 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
         if given.get("model", state["family"]) != state["family"]:
             raise UserError(f"the checkpoint holds a {state['family']} model, not --model {key}", 2)
         key, dataset = state["family"], given.get("dataset", state["data"]["dataset"])
-    check_flags(given, key)
+    check_flags(given | {"dataset": dataset}, key)
     if given.get("prepare_data"):
         return prepare_data(given, dataset, world)
     checkpoint, results = default_paths(given, FAMILIES[key])
@@ -2395,7 +2414,9 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
     if world.main:
         check_outputs(results, checkpoint)
     if not state:
-        model.prepare(lambda: training_clips(data, world.device))
+        model.prepare(lambda: training_clips(data, world.device), lambda: (  # negative steps: not those of the training
+            random_crops(data.train, Draw(config.seed, -1 - i, 16, slice(None), world.device), config.speed)
+            for i in range(60)))
         world.average([t for t in model.state_dict().values() if t.is_floating_point()])  # all start from the same
     trainer = Trainer(model, data, world, precision, given.get("compile", False), checkpoint, results)
     if state:
@@ -2701,7 +2722,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     exit_status = main()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads now and then abort an orderly shutdown (torch 2.11)
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # gloo's threads now and then abort an orderly shutdown (torch 2.11)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_status)
