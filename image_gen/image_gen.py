@@ -6,7 +6,7 @@
     python image_gen.py --mode evaluate                         FID, IS, KID, precision, recall ... beside their floors
 
 Read top to bottom; `grep '^# ===' image_gen.py` prints this table of contents:
-    plumbing, data, building blocks, diffusion, classifier, registry, metrics, trainer, figures, command line
+    plumbing, data, building blocks, diffusion, VAE, GAN, classifier, registry, metrics, trainer, figures, command line
 
 Letters for shapes: B batch, C channels, H W height and width, N images, D features, K classes, E embedding width.
 Images are float in [-1, 1] inside the models and uint8 in [0, 255] outside of them.
@@ -22,6 +22,15 @@ References
     [Lipman23] Lipman et al.: Flow Matching for Generative Modeling, 2023
     [Esser24]  Esser et al.: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024
     [Kingma21] Kingma, Salimans, Poole, Ho: Variational Diffusion Models, 2021
+    [Kingma14] Kingma, Welling: Auto-Encoding Variational Bayes, 2014
+    [Higgins17] Higgins et al.: beta-VAE: Learning Basic Visual Concepts with a Constrained Variational Framework, 2017
+    [Rybkin21] Rybkin, Daniilidis, Levine: Simple and Effective VAE Training with Calibrated Decoders, 2021
+    [Theis16]  Theis, van den Oord, Bethge: A Note on the Evaluation of Generative Models, 2016
+    [Good14]   Goodfellow et al.: Generative Adversarial Networks, 2014
+    [Radford16] Radford, Metz, Chintala: Unsupervised Representation Learning with DCGANs, 2016
+    [Mesch18]  Mescheder, Geiger, Nowozin: Which Training Methods for GANs do actually Converge? (R1, R2), 2018
+    [Miyato18] Miyato, Koyama: cGANs with Projection Discriminator, 2018
+    [Huang24]  Huang et al.: The GAN is Dead; Long Live the GAN! A Modern GAN Baseline (R3GAN), 2024
     [Heusel17] Heusel et al.: GANs Trained by a Two Time-Scale Update Rule (FID), 2017
     [Salim16]  Salimans et al.: Improved Techniques for Training GANs (Inception Score), 2016
     [Bink18]   Binkowski et al.: Demystifying MMD GANs (KID), 2018
@@ -42,6 +51,7 @@ import os
 import pickle
 import signal
 import sys
+import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -300,67 +310,89 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
-def mnist_damage(raw: Path) -> list[str]:
-    """Names of the MNIST files below `raw` that are missing or not the original bytes."""
+def damaged_files(folder: Path, sums: dict[str, str]) -> list[Path]:
+    """Those of the files with known md5 sums that are missing or other than they were."""
     def md5(path: Path) -> str:
         return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
-    return [name for name, digest in MNIST_MD5.items() if md5(raw / name) != digest]
+    return [folder / name for name, digest in sums.items() if md5(folder / name) != digest]
 
 
-def download_mnist(root: Path, attempts: int = 3) -> None:
-    """Fetch MNIST with torchvision (mirrors, md5). Raises `UserError` with code 3 when it can't be reached."""
+def download(title: str, megabytes: int, folder: Path, damaged: Callable[[], list[Path]], fetch: Callable[[], Any],
+             hint: str, attempts: int = 3) -> None:
+    """Fetch a dataset with torchvision (md5). Raises `UserError` with code 3 when it can't be reached."""
     import errno
     import http.client
     import socket
-
-    from torchvision.datasets import MNIST
-    raw, own = root / "MNIST" / "raw", os.environ.get("MNIST_MIRROR")
-    only = own and os.environ.get("MNIST_MIRROR_ONLY") == "1"
-    mirrors = ([own.rstrip("/") + "/"] if own else []) + ([] if only else list(MNIST.mirrors))
-    source = type("MNIST", (MNIST,), {"mirrors": mirrors})  # torchvision names the folder after the class
-    check_writable(raw)
+    check_writable(folder)
     socket.setdefaulttimeout(30)  # torchvision sets none: a stalled connection would hang for ever
-    print(f"MNIST: downloading about 12 MB into {raw}", flush=True)
+    print(f"{title}: downloading about {megabytes} MB into {folder}", flush=True)
     for attempt in range(attempts):
-        for name in mnist_damage(raw):  # torchvision takes any file of the right name for a finished download
-            (raw / name).unlink(missing_ok=True)
+        for path in damaged():  # torchvision takes any file of the right name for a finished download
+            path.unlink(missing_ok=True)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                source(str(root), download=True)
-            reason = "the files that arrived are not MNIST's"
-        except (OSError, http.client.HTTPException, RuntimeError, EOFError, ValueError) as error:
+                fetch()
+            reason = f"the files that arrived are not {title}'s"
+        except (OSError, http.client.HTTPException, RuntimeError, EOFError, ValueError, tarfile.TarError) as error:
             lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Tried")]
             reason = (lines[-1] if lines else type(error).__name__).strip("<>")[:160]
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG):
-                raise UserError(f"can't write {raw} ({error.strerror}); free some space or name another folder with "
+                raise UserError(f"can't write {folder} ({error.strerror}); free some space or name another folder with "
                                 "--data_root") from None
-        if not mnist_damage(raw):
+        if not damaged():
             return
         if attempt + 1 < attempts:
             time.sleep(2 ** attempt)
-    raise UserError(f"MNIST can't be downloaded ({reason}; {attempts} attempts): connect to a network, name a folder "
-                    "that has MNIST/raw/*-ubyte with --data_root, or use --dataset digits, which needs no download",
-                    NO_NETWORK)
+    raise UserError(f"{title} can't be downloaded ({reason}; {attempts} attempts): connect to a network, name a folder "
+                    f"that has {hint} with --data_root, or use --dataset digits, which needs no download", NO_NETWORK)
+
+
+def provide(world: World | None, own: bool, title: str, megabytes: int, folder: Path,
+            damaged: Callable[[], list[Path]], fetch: Callable[[], Any], hint: str) -> None:
+    """Download what is missing, once for all processes; damaged files in a folder of the user's `own` stay."""
+    if world is None or world.main:
+        bad = damaged()
+        if own and any(path.exists() for path in bad):
+            names = ", ".join(path.name for path in bad if path.exists())
+            raise UserError(f"{folder}: {names} is truncated or not {title}'s file (md5 differs): delete it, and it is "
+                            "downloaded again")
+        if bad:
+            download(title, megabytes, folder, damaged, fetch, hint)
+    if world is not None:
+        world.wait()
 
 
 def load_mnist(root: Path | None, _size: int | None, world: World | None = None) -> Images:
     """The 60,000 + 10,000 handwritten digits, [1 28 28]; downloaded unless the user names a folder of their own."""
     from torchvision.datasets import MNIST
-    given, root = root is not None, root or HERE / "data"
+    given, root, own = root is not None, root or HERE / "data", os.environ.get("MNIST_MIRROR")
+    only = own and os.environ.get("MNIST_MIRROR_ONLY") == "1"
+    mirrors = ([own.rstrip("/") + "/"] if own else []) + ([] if only else list(MNIST.mirrors))
+    source = type("MNIST", (MNIST,), {"mirrors": mirrors})  # torchvision names the folder after the class
     raw = root / "MNIST" / "raw"
-    if world is None or world.main:
-        damaged = mnist_damage(raw)
-        if damaged and given and any((raw / name).exists() for name in damaged):
-            names = ", ".join(name for name in damaged if (raw / name).exists())
-            raise UserError(f"{raw}: {names} is truncated or not MNIST's file (md5 differs): delete it, and it is "
-                            "downloaded again")
-        if damaged:
-            download_mnist(root)
-    if world is not None:
-        world.wait()
+    provide(world, given, "MNIST", 12, raw, lambda: damaged_files(raw, MNIST_MD5),
+            lambda: source(str(root), download=True), "MNIST/raw/*-ubyte")
     train, test = (MNIST(str(root), train=part, download=False) for part in (True, False))
     return Images("mnist", train.data[:, None], train.targets, test.data[:, None], test.targets, list("0123456789"),
                   "MNIST")
+
+
+def load_cifar10(root: Path | None, _size: int | None, world: World | None = None) -> Images:
+    """The 50,000 + 10,000 small photographs of ten kinds of things, [3 32 32]; downloaded as MNIST is."""
+    from torchvision.datasets import CIFAR10
+    given, root = root is not None, root or HERE / "data"
+    folder, archive = root / CIFAR10.base_folder, root / CIFAR10.filename
+    sums = dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
+
+    def fetch() -> None:
+        CIFAR10(str(root), download=True)
+        archive.unlink()
+
+    provide(world, given, "CIFAR-10", 170, folder, lambda: damaged_files(folder, sums), fetch, CIFAR10.base_folder)
+    train, test = (CIFAR10(str(root), train=part) for part in (True, False))
+    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
+    return Images("cifar10", pixels[0], torch.tensor(train.targets), pixels[1], torch.tensor(test.targets),
+                  list(train.classes), "CIFAR-10")
 
 
 def load_digits(root: Path | None, _size: int | None, _world: World | None = None) -> Images:
@@ -450,7 +482,8 @@ def some_rows(images: Tensor, count: int) -> Tensor:
     return torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
 
 
-DATASETS: dict[str, Callable[..., Images]] = {"mnist": load_mnist, "digits": load_digits, "folder": load_folder}
+DATASETS: dict[str, Callable[..., Images]] = {"mnist": load_mnist, "cifar10": load_cifar10, "digits": load_digits,
+                                              "folder": load_folder}
 
 
 class Draw:
@@ -550,6 +583,62 @@ class SelfAttention(nn.Module):
         return x + self.out(mixed.transpose(-1, -2).reshape(b, c, h, w))
 
 
+def over_processes(mean: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, differentiable; every process must come here."""
+    if not torch.distributed.is_initialized():
+        return mean
+    from torch.distributed.nn.functional import all_reduce
+    return all_reduce(mean) / torch.distributed.get_world_size()
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over the whole batch also where several processes share it (PyTorch's own does so on CUDA only)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.02 * torch.randn(channels))  # [Radford16]
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        means, variances = self.running_mean, self.running_var
+        if not (self.training and torch.distributed.is_initialized()):
+            return F.batch_norm(x, means, variances, self.weight, self.bias, self.training)
+        h = x.float()
+        mean, power = over_processes(torch.stack([h.mean((0, 2, 3)), h.square().mean((0, 2, 3))])).unbind()
+        variance = power - mean.square()
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * torch.distributed.get_world_size()
+            means.lerp_(mean, 0.1)
+            variances.lerp_(variance * (count / max(1, count - 1)), 0.1)
+        scale = self.weight * (variance + 1e-5).rsqrt()
+        return (h * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+
+
+def pyramid(data: dict, width: int) -> tuple[int, list[int]]:
+    """(side of the coarsest feature map, channels from it up to the image): 28 pixels -> 7, [2 width, width, C]."""
+    side, levels = data["image_size"], 0
+    while side > 4 and side % 2 == 0:
+        side, levels = side // 2, levels + 1
+    if side > 16:
+        raise UserError(f"images of {data['image_size']} pixels can't be halved down to 16 or fewer: use an "
+                        "--image_size divisible by a higher power of two", 2)
+    return side, [width * 2 ** min(level, 3) for level in reversed(range(levels))] + [data["channels"]]
+
+
+def downward(widths: Sequence[int], norm: Callable[[int], nn.Module], activation: nn.Module) -> nn.Sequential:
+    """Image -> coarsest feature map by 4x4 convolutions of stride 2; no norm after the first ([Radford16])."""
+    return nn.Sequential(*(layer for i, (a, b) in enumerate(itertools.pairwise(reversed(widths))) for layer in (
+        nn.Conv2d(a, b, 4, stride=2, padding=1), norm(b) if i else nn.Identity(), activation)))
+
+
+def upward(widths: Sequence[int], norm: Callable[[int], nn.Module], activation: nn.Module) -> nn.Sequential:
+    """Coarsest feature map -> image by 4x4 transposed convolutions of stride 2, each after norm and activation."""
+    return nn.Sequential(*(layer for a, b in itertools.pairwise(widths) for layer in (
+        norm(a), activation, nn.ConvTranspose2d(a, b, 4, stride=2, padding=1))))
+
+
 class Family(nn.Module, abc.ABC):
     """What the trainer, the checkpoints and the command line know of a model; nothing else asks what it is.
 
@@ -559,10 +648,14 @@ class Family(nn.Module, abc.ABC):
     checkpoint_name: str
     results_folder: str
     can_sample = True
+    labelled = True  # whether images are drawn for given classes, where the data has any
+    descends = True  # whether the loss is to fall: if so, one that explodes stops the run
+    measures_held_out = False  # whether `validate` measures the model itself: then on all test images, if not too many
 
     def __init__(self, config: Any, data: dict) -> None:
         super().__init__()
         self.config, self.data = config, data
+        self.labelled = self.labelled and len(data["classes"]) > 1
         self.precision = torch.float32
 
     def cast(self) -> Any:
@@ -574,6 +667,9 @@ class Family(nn.Module, abc.ABC):
         """Sub-modules that have an optimizer of their own."""
         return {"model": self}
 
+    def compilable(self) -> list[nn.Module]:
+        return list(self.players().values())
+
     @abc.abstractmethod
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """Yield (player, loss, statistics); the trainer steps that player before it asks for the next."""
@@ -581,6 +677,10 @@ class Family(nn.Module, abc.ABC):
     def validate(self, batch: Batch) -> dict[str, float]:
         """Figures on held-out data; {} where the family has none."""
         return {}
+
+    def warnings(self, figures: dict[str, Any]) -> list[str]:
+        """What the figures of an epoch (means of statistics, metrics) say against the run, a line each."""
+        return []
 
     def sample(self, labels: Tensor | None, noise: ImageNoise) -> Tensor:
         """Draw images [B C H W] in [-1, 1], one for each generator of `noise`."""
@@ -600,6 +700,8 @@ class RunConfig:
     batch_size: int = option(64, "optimisation", "images per step, over all processes", number(int, 1))
     learning_rate: float = option(1e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
     weight_decay: float = option(0.01, "optimisation", "of AdamW", number(float, 0))
+    adam_beta1: float = option(0.9, "optimisation", "AdamW's memory of gradients", number(float, 0, 0.9999))
+    adam_beta2: float = option(0.99, "optimisation", "AdamW's memory of squared gradients", number(float, 0, 0.999999))
     warmup_steps: int = option(200, "optimisation", "steps of linear warm-up", number(int, 0))
     decay_fraction: float = option(0.6, "optimisation", "last part of the run, over which the rate falls linearly to 0",
                                    number(float, 0, 1))
@@ -881,6 +983,253 @@ class DiffusionModel(Family):
                 "network_evaluations": evaluations}
 
 
+# === VAE ===
+
+
+@dataclass(frozen=True)
+class VaeConfig(RunConfig):
+    likelihood: str | None = option(None, "model", "of pixels given the code: bernoulli (images are binarised at "
+                                    "random anew in each step), or gaussian of the variance that suits the errors best "
+                                    "[Rybkin21] (default: bernoulli for grey images, gaussian for colour)",
+                                    choices=("bernoulli", "gaussian"))
+    latent_dim: int = option(32, "model", "numbers in the code that an image is made from", number(int, 1, 4096))
+    beta: float = option(1.0, "model", "weight of the KL divergence [Higgins17]; 1 is the evidence lower bound",
+                         number(float, 0, 1e6))
+    width: int = option(64, "model", "channels of the first convolutions, a multiple of 8", number(int, 8, 1024))
+
+
+class VaeModel(Family):
+    """A convolutional variational autoencoder ([Kingma14]): q(z|x) and p(x|z) are networks, the prior is N(0, 1).
+
+    What it draws is the mean of p(x|z), without the pixel noise of the likelihood."""
+    config_class = VaeConfig
+    checkpoint_name = "vae_model.pt"
+    results_folder = "vae"
+    labelled = False
+    measures_held_out = True
+
+    def __init__(self, config: VaeConfig, data: dict) -> None:
+        super().__init__(config, data)
+        self.bernoulli = (config.likelihood or ("gaussian", "bernoulli")[data["channels"] == 1]) == "bernoulli"
+        side, widths = pyramid(data, config.width)
+        self.coarse, self.pixels = (widths[0], side, side), data["channels"] * data["image_size"] ** 2
+        cells = widths[0] * side * side
+
+        def norm(channels: int) -> nn.Module:
+            return nn.GroupNorm(math.gcd(8, channels), channels)
+
+        self.encoder = nn.Sequential(downward(widths, norm, nn.SiLU()), nn.Flatten(),
+                                     nn.Linear(cells, 2 * config.latent_dim))
+        self.decoder = nn.Sequential(nn.Linear(config.latent_dim, cells), nn.Unflatten(1, self.coarse),
+                                     upward(widths, norm, nn.SiLU()))
+        self.register_buffer("variance", torch.ones(()))  # of the Gaussian, for data that training does not see
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B C H W] in [-1, 1] -> mean and log variance of q(z|x), [B D] each"""
+        with self.cast():
+            mean, log_variance = self.encoder(x.contiguous(memory_format=torch.channels_last)).float().chunk(2, 1)
+        return mean, log_variance.clamp(-12, 12)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """[B D] -> logits of the Bernoulli or mean of the Gaussian, [B C H W]"""
+        with self.cast():
+            return self.decoder(z).float()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """[B D] -> images in [-1, 1], [B C H W]"""
+        found = self._decode(z)
+        return found.sigmoid() * 2 - 1 if self.bernoulli else found.clamp(-1, 1)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x)[0])
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B C H W], noise [B D] -> what the decoder says of a code drawn from q(z|x), its mean and log variance"""
+        mean, log_variance = self.encode(x)
+        return self._decode(mean + noise * (log_variance / 2).exp()), mean, log_variance
+
+    def bound(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Both parts of the negative ELBO in nats, [B] each: -log p(x|z) at one z, and KL(q(z|x) || p(z)); and the
+        variance of the Gaussian. For 8-bit images the density is taken at a point drawn inside the level's bin and
+        multiplied by the bin's width: a bound on the probability of the levels ([Theis16])."""
+        share = batch.draw.uniform(*batch.images.shape[1:])
+        x = (share < (batch.images + 1) / 2).float() * 2 - 1 if self.bernoulli else batch.images + (share - 0.5) / 127.5
+        found, mean, log_variance = self(x, batch.draw.normal(self.config.latent_dim))
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
+        if self.bernoulli:
+            return F.binary_cross_entropy_with_logits(found, (x + 1) / 2, reduction="none").flatten(1).sum(1), kl, \
+                self.variance
+        errors = (found - x).square().flatten(1).sum(1)
+        # of the batch at hand: the gradient is that of pixels/2 * log(mean error), the bound at the best variance
+        variance = over_processes(errors.detach().mean()) / self.pixels if self.training else self.variance
+        return errors / (2 * variance) + self.pixels * (0.5 * (2 * math.pi * variance).log() + math.log(127.5)), kl, \
+            variance
+
+    def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """The negative ELBO, its KL weighted by beta, in bits per dimension."""
+        error, kl, variance = self.bound(batch)
+        with torch.no_grad():
+            self.variance.lerp_(variance, 0.05)
+        yield "model", (error + self.config.beta * kl).mean() / (self.pixels * math.log(2)), {
+            "kl": kl.detach().mean(), "reconstruction": error.detach().mean()}
+
+    @torch.no_grad()
+    def validate(self, batch: Batch) -> dict[str, float]:
+        """The held-out ELBO in nats per image and, negated, in bits per dimension (which is also `val_loss`)."""
+        error, kl, _ = self.bound(batch)
+        nats = (error + kl).mean().item()
+        bits = nats / (self.pixels * math.log(2))
+        return {"val_loss": bits, "val_elbo": -nats, "val_bits_per_dim": bits, "val_kl": kl.mean().item()}
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor | None, noise: ImageNoise) -> Tensor:
+        return self.decode(noise.normal(self.config.latent_dim))
+
+
+# === GAN ===
+
+
+@dataclass(frozen=True)
+class GanConfig(RunConfig):
+    learning_rate: float = option(1e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
+    weight_decay: float = option(0.0, "optimisation", "of AdamW", number(float, 0))
+    adam_beta1: float = option(0.5, "optimisation", "AdamW's memory of gradients", number(float, 0, 0.9999))
+    adam_beta2: float = option(0.999, "optimisation", "AdamW's memory of squared gradients", number(float, 0, 0.999999))
+    grad_clip: float = option(10.0, "optimisation", "largest norm of a gradient", number(float, 0, open_low=True))
+    gan_loss: str = option("dcgan", "model", "dcgan (non-saturating, batch norm [Radford16]) or relativistic (pairs of "
+                           "real and drawn, penalties instead of norms [Huang24])", choices=("dcgan", "relativistic"))
+    conditional: bool = option(False, "model", "show the class to both networks, so that --label works")
+    penalty: float = option(1.0, "model", "weight of the relativistic loss's gradient penalties", number(float, 0, 1e6))
+    latent_dim: int = option(100, "model", "numbers in the code that an image is made from", number(int, 1, 4096))
+    width: int = option(64, "model", "channels of the first convolutions, a multiple of 8", number(int, 8, 1024))
+
+
+class Generator(nn.Module):
+    """Noise (and class) -> image, by strided transposed convolutions ([Radford16])."""
+
+    def __init__(self, config: GanConfig, data: dict, classes: int) -> None:
+        super().__init__()
+        side, widths = pyramid(data, config.width)
+        self.classes = classes
+        norm, activation = (BatchNorm, nn.ReLU()) if config.gan_loss == "dcgan" else (nn.Identity, nn.LeakyReLU(0.2))
+        self.enter = nn.Linear(config.latent_dim + classes, widths[0] * side * side)
+        self.body = nn.Sequential(nn.Unflatten(1, (widths[0], side, side)),
+                                  upward(widths, norm, activation))
+
+    def forward(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """[B D], labels [B] where there are classes -> images in (-1, 1)"""
+        if self.classes:
+            noise = torch.cat([noise, F.one_hot(labels, self.classes).to(noise.dtype)], 1)
+        return self.body(self.enter(noise)).float().tanh()
+
+
+class Discriminator(nn.Module):
+    """Image (and class) -> logit of being real; the class takes part as a direction in feature space ([Miyato18])."""
+
+    def __init__(self, config: GanConfig, data: dict, classes: int) -> None:
+        super().__init__()
+        side, widths = pyramid(data, config.width)
+        norm = BatchNorm if config.gan_loss == "dcgan" else nn.Identity
+        self.body = nn.Sequential(downward(widths, norm, nn.LeakyReLU(0.2)), nn.Flatten())
+        self.head = nn.Linear(widths[0] * side * side, 1)
+        self.label = nn.Embedding(classes, widths[0] * side * side) if classes else None
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """[B C H W] -> [B]"""
+        features = self.body(x.contiguous(memory_format=torch.channels_last))
+        logits = self.head(features).squeeze(1).float()
+        return logits if self.label is None else logits + (self.label(labels) * features).sum(1).float()
+
+
+def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
+    """Half the mean squared norm of the logits' gradient by the images: R1 on real, R2 on drawn ones ([Mesch18])."""
+    gradient, = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return 0.5 * gradient.square().flatten(1).sum(1).mean()
+
+
+class GanModel(Family):
+    """Two networks that play against each other ([Good14]): one draws, the other tells drawn images from real ones."""
+    config_class = GanConfig
+    checkpoint_name = "gan_model.pt"
+    results_folder = "gan"
+    descends = False  # what one player wins the other loses: the sum need not fall
+
+    def __init__(self, config: GanConfig, data: dict) -> None:
+        super().__init__(config, data)
+        self.labelled = config.conditional and len(data["classes"]) > 1
+        if config.conditional and not self.labelled:
+            raise UserError(f"--conditional needs two or more classes, {data['title']} has one: use sub-folders", 2)
+        classes = len(data["classes"]) if self.labelled else 0
+        self.generator, self.discriminator = (kind(config, data, classes) for kind in (Generator, Discriminator))
+        self.paired = config.gan_loss == "relativistic"
+        if not self.paired:
+            for layer in self.modules():
+                if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                    nn.init.normal_(layer.weight, std=0.02)  # [Radford16]
+                    nn.init.zeros_(layer.bias)
+
+    def players(self) -> dict[str, nn.Module]:
+        return {"discriminator": self.discriminator, "generator": self.generator}
+
+    def compilable(self) -> list[nn.Module]:
+        """Compiled code has no second derivative, which the penalties take of the discriminator."""
+        return [self.generator] if self.paired else [self.generator, self.discriminator]
+
+    def win(self, logits: Tensor, others: Tensor) -> Tensor:
+        """How sure the discriminator is of what `logits` belong to: against zero, or against its partner in a pair."""
+        return logits - others if self.paired else logits
+
+    def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Cross-entropy of the discriminator, then (after its step) the generator's non-saturating loss. `d_real` and
+        `d_fake` are mean probabilities of being real; with pairs, of being the real one of two."""
+        judge, labels, real = self.discriminator, batch.labels, batch.images
+        judge.requires_grad_(True)
+        with self.cast():
+            fake = self.generator(batch.draw.normal(self.config.latent_dim), labels)
+            seen = fake.detach()
+            if self.paired:
+                real, seen = real.detach().requires_grad_(), seen.requires_grad_()
+            on_real, on_fake = judge(real, labels), judge(seen, labels)
+        sure, fooled = self.win(on_real, on_fake), self.win(on_fake, on_real)
+        loss = F.softplus(-sure).mean() + (0 if self.paired else F.softplus(fooled).mean())
+        stats = {"d_loss": loss.detach(), "d_real": sure.detach().sigmoid().mean(),
+                 "d_fake": fooled.detach().sigmoid().mean()}
+        if self.paired:
+            penalty = gradient_penalty(on_real, real) + gradient_penalty(on_fake, seen)
+            loss, stats = loss + self.config.penalty * penalty, stats | {"penalty": penalty.detach()}
+        yield "discriminator", loss, stats
+        judge.requires_grad_(False)  # no need of its gradients now
+        with self.cast():
+            on_fake = judge(fake, labels)
+            on_real = judge(real.detach(), labels) if self.paired else on_fake
+        loss = F.softplus(-self.win(on_fake, on_real)).mean()
+        yield "generator", loss, {"g_loss": loss.detach()}
+        judge.requires_grad_(True)
+
+    @torch.no_grad()
+    def validate(self, batch: Batch) -> dict[str, float]:
+        """`d_real` on images that training has not seen: much lower there, the discriminator knows them by heart."""
+        with self.cast():
+            fake = self.generator(batch.draw.normal(self.config.latent_dim), batch.labels)
+            on_real, on_fake = (self.discriminator(x, batch.labels) for x in (batch.images, fake))
+        return {"val_d_real": self.win(on_real, on_fake).sigmoid().mean().item()}
+
+    def warnings(self, figures: dict[str, Any]) -> list[str]:
+        found = []
+        if figures["d_real"] > 0.97 and figures["d_fake"] < 0.03:
+            found.append("the discriminator wins outright, and a generator that always loses learns nothing: try a "
+                         "lower --learning_rate or --gan_loss relativistic")
+        if figures.get("class_share_min", 1) < 0.1 / len(self.data["classes"]):
+            found.append("classes vanish from what is drawn (class_share_min in metrics.jsonl): try another --seed, a "
+                         "lower --learning_rate, --gan_loss relativistic or --conditional")
+        return found
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor | None, noise: ImageNoise) -> Tensor:
+        with self.cast():
+            return self.generator(noise.normal(self.config.latent_dim), labels)
+
+
 # === classifier ===
 
 
@@ -904,6 +1253,7 @@ class Classifier(Family):
     checkpoint_name = "classifier_{dataset}.pt"
     results_folder = "classifier"
     can_sample = False
+    measures_held_out = True
 
     def __init__(self, config: ClassifierConfig, data: dict) -> None:
         super().__init__(config, data)
@@ -950,7 +1300,8 @@ class Classifier(Family):
 
 # === registry ===
 
-FAMILIES: dict[str, type[Family]] = {"diffusion": DiffusionModel, "classifier": Classifier}
+FAMILIES: dict[str, type[Family]] = {"diffusion": DiffusionModel, "vae": VaeModel, "gan": GanModel,
+                                     "classifier": Classifier}
 
 # === metrics ===
 
@@ -1130,12 +1481,13 @@ def measure(estimate: Features, reference: Features, net: FeatureNet, asked: Ten
         else:
             values |= dict.fromkeys(keys)
             reasons |= dict.fromkeys(keys, f"needs more than {NEIGHBOURS} images")
+    predicted = estimate.logits.argmax(1)
+    if net.names_classes:
+        shares = torch.bincount(predicted, minlength=estimate.logits.shape[1]) / len(predicted)
+        values["class_share_min"], values["class_share_max"] = shares.min().item(), shares.max().item()
     if quick:
         return finite(values, reasons), reasons
     if net.names_classes:
-        predicted = estimate.logits.argmax(1)
-        shares = torch.bincount(predicted, minlength=estimate.logits.shape[1]) / len(predicted)
-        values["class_share_min"], values["class_share_max"] = shares.min().item(), shares.max().item()
         values["label_agreement"] = None if asked is None else (predicted == asked.cpu()).float().mean().item()
         if asked is None:
             reasons["label_agreement"] = "the images were not drawn for given labels"
@@ -1145,10 +1497,10 @@ def measure(estimate: Features, reference: Features, net: FeatureNet, asked: Ten
     return finite(values, reasons), reasons
 
 
-def proportional_labels(data: dict, count: int) -> Tensor | None:
+def proportional_labels(data: dict, count: int, labelled: bool = True) -> Tensor | None:
     """Labels [N] in the proportions of the training set, in a fixed shuffled order; None for unlabelled data."""
     shares = torch.tensor(data["class_counts"], dtype=torch.float64).cumsum(0)
-    if len(shares) < 2:
+    if len(shares) < 2 or not labelled:
         return None
     labels = torch.searchsorted(shares / shares[-1], (torch.arange(count, dtype=torch.float64) + 0.5) / count)
     return labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
@@ -1248,21 +1600,25 @@ class Trainer:
                             f"of {world.size}", 2)
         self.steps_per_epoch = len(images.train) // self.batch_size
         self.train_images, self.train_labels = images.train.to(world.device), images.train_labels.to(world.device)
-        self.ema = AveragedModel(self.model, multi_avg_fn=self._average)
-        self.optimizers = {name: torch.optim.AdamW(player.parameters(), config.learning_rate, betas=(0.9, 0.99),
-                                                   weight_decay=config.weight_decay, fused=world.device.type != "mps")
+        self.ema = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True)
+        self.optimizers = {name: torch.optim.AdamW(player.parameters(), config.learning_rate,
+                                                   weight_decay=config.weight_decay,
+                                                   betas=(config.adam_beta1, config.adam_beta2),
+                                                   fused=world.device.type != "mps")
                            for name, player in self.model.players().items()}
         self.schedulers = {k: torch.optim.lr_scheduler.LambdaLR(o, self._rate) for k, o in self.optimizers.items()}
         self.step = self.epoch_done = 0
         self.seconds = 0.0
         self.history: list[dict] = []
-        self.sums = torch.zeros(2, device=world.device)  # loss of the current epoch: sum and number of steps,
+        self.stat_names: list[str] = []
+        self.warned: set[str] = set()
+        self.sums = torch.zeros(2, device=world.device)  # sums of the epoch: loss, steps, statistics, their squares,
         self.looked = torch.zeros(2, device=world.device)  # and what they were at the last look
         self.stop = StopSignal()
         self.stop_all = torch.zeros(1, device=world.device)
         if compile_it:
-            for player in self.model.players().values():
-                player.compile()
+            for part in self.model.compilable():
+                part.compile()
 
     @property
     def sampler(self) -> Family:
@@ -1289,11 +1645,12 @@ class Trainer:
                 "schedulers": {k: s.state_dict() for k, s in self.schedulers.items()},
                 "rng": torch.get_rng_state(), "step": self.step, "epoch_done": self.epoch_done,
                 "batch_size": self.batch_size, "sums": self.sums.cpu(), "looked": self.looked.cpu(),
+                "stat_names": self.stat_names,
                 "seconds": self.seconds, "history": self.history, "made": provenance()}
 
     def save(self) -> None:
         """Write the checkpoint, unless the weights have become useless: then the last good one stays."""
-        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+        if not all(torch.isfinite(value).all() for value in self.model.state_dict().values()):
             self._diverged("the weights are no longer finite")
         self.world.average([self.sums, self.looked])  # so that another number of processes can take over
         if self.world.main:
@@ -1311,7 +1668,7 @@ class Trainer:
             torch.set_rng_state(state["rng"])
             self.step, self.epoch_done, self.seconds = state["step"], state["epoch_done"], state["seconds"]
             self.sums, self.looked = (state[key].to(self.world.device) for key in ("sums", "looked"))
-            self.history = list(state["history"])
+            self.history, self.stat_names = list(state["history"]), list(state.get("stat_names", ()))
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"{self.checkpoint} can't be resumed ({first_line(error)}): it does not fit "
                             "this model") from None
@@ -1331,21 +1688,39 @@ class Trainer:
         return Batch(to_float(self.train_images[chosen]), self.train_labels[chosen], draw)
 
     def train_step(self) -> None:
-        total = 0.0
-        for player, loss, _ in self.model.losses(self.batch()):
+        total, stats = 0.0, {}
+        for player, loss, more in self.model.losses(self.batch()):
             optimizer = self.optimizers[player]
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             gradients = [p.grad for p in self.model.players()[player].parameters() if p.grad is not None]
             self.stop_all.fill_(float(self.stop.number))  # rides along: all processes stop after the same step
-            self.world.average([*gradients, self.stop_all])
+            self.world.average([*gradients, self.stop_all, *more.values()])
             nn.utils.clip_grad_norm_(self.model.players()[player].parameters(), self.config.grad_clip)
             optimizer.step()
             self.schedulers[player].step()
-            total = total + loss.detach()
-        self.sums += torch.stack([total, torch.ones_like(total)])
+            total, stats = total + loss.detach(), stats | more
+        if self.stat_names != list(stats):  # the first step
+            self.stat_names = list(stats)
+            self.sums, self.looked = (F.pad(sums[:2], (0, 2 * len(stats))) for sums in (self.sums, self.looked))
+        values, steps = torch.stack([total, torch.ones_like(total), *stats.values()]), self.sums[1]
+        spread = (values[2:] - self.sums[2:len(values)] / steps.clamp(min=1)).square() * (steps / (steps + 1))
+        self.sums += torch.cat([values, spread])  # the squares are Welford's: those of small differences
         self.ema.update_parameters(self.model)
         self.step += 1
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        """Means over steps and processes of the loss and the family's statistics, and the latter's deviations."""
+        found = sums / sums[1]
+        self.world.average([found])
+        loss, _, *stats = found.tolist()
+        count = len(self.stat_names)
+        values = {"loss": loss, **dict(zip(self.stat_names, stats[:count], strict=True)),
+                  **{f"{k}_std": math.sqrt(max(0.0, v)) for k, v in zip(self.stat_names, stats[count:], strict=True)}}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self._diverged(f"the {name} is {value}")
+        return values
 
     def _diverged(self, what: str) -> None:
         kept = f"the last good checkpoint is kept in {self.checkpoint}" if self.checkpoint.exists() else \
@@ -1399,35 +1774,30 @@ class Trainer:
 
     def _look(self, bar: Any) -> None:
         """Fetch the mean loss since the last look: log it, and stop a run that has left the rails."""
-        total, steps = self.sums - self.looked
-        mean = total / steps
+        values = self.means(self.sums - self.looked)
         self.looked.copy_(self.sums)
-        self.world.average([mean])
-        loss = mean.item()
+        loss = values["loss"]
         first = next((r["loss"] for r in self.history if "loss" in r and "epoch" not in r), loss)
-        if not math.isfinite(loss):
-            self._diverged(f"the loss is {loss}")
-        if abs(loss) > EXPLODED * max(abs(first), 1e-3):
+        if self.model.descends and abs(loss) > EXPLODED * max(abs(first), 1e-3):
             self._diverged(f"the loss rose from {first:.3g} to {loss:.3g}")
-        self.record(loss=loss)
+        self.record(**{name: values[name] for name in ("loss", *self.stat_names)})
         bar.set_postfix(loss=f"{loss:.4f}")
 
     def _finish_epoch(self, epoch: int, evaluation: EpochEvaluation, on_epoch: Callable[[int], None]) -> None:
         """Save first, then draw and measure: a crash while measuring costs nothing but the measurement."""
         self.sampler.eval()
-        figures = held_out(self.sampler, self.images, 1000 if self.model.can_sample else 10_000, self.world.device)
+        count = 10_000 if self.model.measures_held_out else 1000
+        figures = held_out(self.sampler, self.images, count, self.world.device)
         if not all(map(math.isfinite, figures.values())):
             self._diverged("the held-out loss is not finite")
         self.save()
-        mean = self.sums[0] / self.sums[1]
-        self.world.average([mean])
-        values: dict[str, Any] = {"epoch": epoch, "loss": mean.item(), "seconds": round(self.seconds, 2),
+        values: dict[str, Any] = {"epoch": epoch, **self.means(self.sums), "seconds": round(self.seconds, 2),
                                   "images_per_second": round(self.step * self.batch_size / self.seconds, 1),
                                   "learning_rate": next(iter(self.schedulers.values())).get_last_lr()[0]}
         values |= figures
         last = epoch == self.config.epochs
         if self.model.can_sample and evaluation.net is not None and (epoch % evaluation.every == 0 or last):
-            labels = proportional_labels(self.model.data, evaluation.count)
+            labels = proportional_labels(self.model.data, evaluation.count, self.model.labelled)
             drawn = generate_all(self.sampler, labels, evaluation.count, self.config.seed, 250, self.world,
                                  f"measuring epoch {epoch}")
             if self.world.main:
@@ -1440,10 +1810,14 @@ class Trainer:
         on_epoch(epoch)
         self.save()
         if self.world.main:
-            shown = {k: v for k, v in values.items() if k.startswith(("val_loss", "val_acc", "fid", "is_"))
+            shown = {k: v for k, v in values.items() if (k in self.stat_names or k.startswith(("val_", "fid", "is_")))
                      and not k.endswith("_std") and not k[:-1].endswith("_t") and v is not None}
             print(f"epoch {epoch}: loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
                   + "".join(f", {k} {v:.4g}" for k, v in shown.items()), flush=True)
+            for line in self.model.warnings(values):
+                if line not in self.warned:
+                    self.warned.add(line)
+                    print(f"warning: {line}", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -1529,7 +1903,7 @@ def plot(path: Path, title: str, panels: list[tuple[str, dict[str, list[tuple]],
 
 
 def title_of(model: Family, *more: str) -> str:
-    return " · ".join([family_name(model), model.data["title"], *more])
+    return " · ".join(filter(None, [family_name(model), model.data["title"], *more]))
 
 
 def draw_curves(trainer: Trainer) -> None:
@@ -1540,6 +1914,8 @@ def draw_curves(trainer: Trainer) -> None:
                                                    for r in history if "epoch" not in r]}
     if "val_loss" in epochs[0]:
         curves["held out, averaged weights"] = [(r["epoch"], r["val_loss"]) for r in epochs]
+    for name in (key for key in trainer.stat_names if key.endswith("_loss")):  # of each player
+        curves[name] = [(r["step"] / trainer.steps_per_epoch, r[name]) for r in history if "epoch" not in r]
     plot(results / "training_loss.png", title_of(model, "loss"), [("loss", curves, "log")], "epoch")
     if not model.can_sample:
         return
@@ -1600,9 +1976,11 @@ def build_parser() -> Parser:
          choices=("auto", "float32", "bfloat16"))
     flag("run", "compile", "torch.compile the network: slow start, a little faster after it", action="store_true")
     flag("run", "resume", "continue the run that --checkpoint holds, exactly", action="store_true")
-    flag("data", "dataset", "mnist (downloaded), digits (scikit-learn's 1,797, no download) or folder (default mnist)",
+    flag("data", "dataset", "mnist or cifar10 (downloaded), digits (scikit-learn's 1,797, no download) or folder "
+         "(default mnist)",
          choices=tuple(DATASETS))
-    flag("data", "data_root", "folder with MNIST/raw, or with your images, one sub-folder per label", type=Path)
+    flag("data", "data_root", "folder with MNIST/raw or cifar-10-batches-py, or with your images, one "
+         "sub-folder per label", type=Path)
     flag("data", "image_size", "side to which images of a folder are cropped and resized (default 32)",
          type=number(int, 4, 1024))
     flag("data", "prepare_data", "only fetch and check the dataset, then exit (status 3: can't be downloaded)",
@@ -1613,7 +1991,8 @@ def build_parser() -> Parser:
         if all(f.default == uses[0][1].default for _, f in uses):
             defaults = [str(uses[0][1].default)] + [f"for {uses[0][0]}"] * (len(uses) == 1 < len(FAMILIES))
         text = meta["help"] + ("" if uses[0][1].default is None else f" (default {', '.join(defaults)})")
-        flag(meta["group"], name, text, type=meta["type"], choices=meta["choices"])
+        flag(meta["group"], name, text, **({"action": "store_true"} if uses[0][1].default is False else
+                                           {"type": meta["type"], "choices": meta["choices"]}))
     flag("sampling", "num_samples", "images to draw (default 16)", type=number(int, 1, sys.maxsize))
     flag("sampling", "sample_batch", "images drawn at once, bounds the memory (default 250)", type=number(int, 1))
     flag("sampling", "label", "classes to draw, in turn, e.g. 7 or 0,1,2 (default all)")
@@ -1649,10 +2028,10 @@ def config_given(given: dict[str, Any], family: str) -> dict[str, Any]:
     return {name: given[name] for name in CONFIG_FIELDS[family] if name in given}
 
 
-def pick_labels(given: dict[str, Any], data: dict) -> tuple[Tensor | None, list[str] | None]:
-    """The classes of `--label`, which the images go through in turn, and their names; None for unlabelled data."""
-    classes = data["classes"]
-    if len(classes) < 2:
+def pick_labels(given: dict[str, Any], model: Family) -> tuple[Tensor | None, list[str] | None]:
+    """The classes of `--label`, which the images go through in turn, and their names; None where there are none."""
+    classes = model.data["classes"]
+    if not model.labelled:
         if "label" in given:
             raise UserError(f"--label {given['label']}: the model was trained without labels", 2)
         return None, None
@@ -1750,7 +2129,7 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
         config = FAMILIES[key].config_class(**config_given(given, key))
     torch.manual_seed(config.seed)
     model = FAMILIES[key](config, images.info())
-    labels, names = pick_labels(given, model.data)
+    labels, names = pick_labels(given, model)
     if world.main:
         check_outputs(results, checkpoint)
     trainer = Trainer(model, images, world, precision, given.get("compile", False), checkpoint, results)
@@ -1856,7 +2235,7 @@ def run_infer(given: dict[str, Any], world: World, precision: torch.dtype) -> in
         raise UserError("--mode infer runs in one process: start it without torchrun", 2)
     model, state, path, results = open_model(given, world, precision)
     count, batch, output = given.get("num_samples", 16), given.get("sample_batch", 250), given.get("output_dir")
-    labels, names = pick_labels(given, model.data)
+    labels, names = pick_labels(given, model)
     if "export" in given and given["export"].exists() and given["export"].samefile(path):
         raise UserError(f"--export {given['export']} would replace the checkpoint that is read: name another file", 2)
     if output:
@@ -1902,11 +2281,10 @@ def run_evaluate(given: dict[str, Any], world: World, precision: torch.dtype) ->
               "parameters": sum(p.numel() for p in model.parameters()), "dataset": data["title"],
               "seed": model.config.seed, "device": str(world.device),
               "precision": str(precision).removeprefix("torch.")} | model.describe_sampling()
-    if model.can_sample:
-        report |= evaluate_samples(given, model, images, world)
-    else:
+    report |= evaluate_samples(given, model, images, world) if model.can_sample else {"metrics": {}}
+    if model.measures_held_out:
         figures = held_out(model, images, len(images.test), world.device)
-        report["metrics"] = {k: {"value": v, "n": len(images.test), "reference": "test"} for k, v in figures.items()}
+        report["metrics"] |= {k: {"value": v, "n": len(images.test), "reference": "test"} for k, v in figures.items()}
     report |= {"seconds": round(time.perf_counter() - started, 1), "machine": provenance()}
     if world.main:
         write_json(results / "evaluation.json", report)
@@ -1918,7 +2296,7 @@ def evaluate_samples(given: dict[str, Any], model: Family, images: Images, world
     """Draw, measure, and measure as many real training images in the same way."""
     net, reason = find_feature_net(given, model.data, world.device)
     count = given.get("eval_samples") or min(10_000, len(images.test))
-    labels, started = proportional_labels(model.data, count), time.perf_counter()
+    labels, started = proportional_labels(model.data, count, model.labelled), time.perf_counter()
     drawn = generate_all(model, labels, count, model.config.seed, given.get("sample_batch", 250), world, "drawing")
     seconds = time.perf_counter() - started
     metrics: dict[str, Any] = {}

@@ -342,7 +342,8 @@ def images(request):
     return ig.DATASETS[request.param](root, None)
 
 
-TINY = {"diffusion": {"channels": 16, "blocks": 1, "steps": 3}, "classifier": {"width": 8, "features": 16}}
+TINY = {"diffusion": {"channels": 16, "blocks": 1, "steps": 3}, "classifier": {"width": 8, "features": 16},
+        "vae": {"width": 8}, "gan": {"width": 8}}
 
 
 def build(family: str, info: dict, seed: int = 0, **config):
@@ -777,7 +778,7 @@ def test_loss_is_finite_and_every_parameter_learns(family, images):
     assert learned == {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family", sorted(ig.FAMILIES))
+@pytest.mark.parametrize("family", ["classifier", "diffusion"])  # those whose loss may fall to zero
 def test_one_batch_can_be_learned_by_heart(family, images):
     """The same images, times and noise again and again: a network that is wired up right fits them."""
     model = build(family, images.info()).to(memory_format=torch.channels_last)
@@ -825,7 +826,7 @@ def test_family_draws_images_or_says_that_it_does_not(family, images):
 
 @pytest.mark.parametrize("family", sorted(ig.FAMILIES))
 def test_command_line_trains_each_family_on_a_folder_of_colour_pictures(family, folders):
-    size = ("--width", 8) if family == "classifier" else SMALL
+    size = SMALL if family == "diffusion" else ("--width", 8)
     ok("--model", family, "--dataset", "folder", "--data_root", folders["colour"], "--image_size", 8, "--epochs", 1,
        *COMMON, *size)
     state = read("model.pt")
@@ -1321,14 +1322,14 @@ def write_hostile(kind: str, whole: Path) -> None:
     elif kind == "no version":
         torch.save({"format": 7}, path)
     elif kind == "unknown family":
-        torch.save(state | {"family": "gan"}, path)
+        torch.save(state | {"family": "flow"}, path)
 
 
 HOSTILE = {"missing": "--mode train", "truncated": "train again", "cut early": "model.pt", "empty": "train again",
            "text": "model.pt", "zip": "model.pt", "foreign": "--checkpoint", "weights only": "--checkpoint",
            "list": "--checkpoint", "pickled object": "--checkpoint", "plain pickle": "--checkpoint",
            "old pickle": "--checkpoint", "directory": "Is a", "other version": "image_gen/0", "no version": "format",
-           "unknown family": "gan"}
+           "unknown family": "flow"}
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -1415,7 +1416,7 @@ USAGE = [
     (("--steps", "0"), "--steps"), (("--steps", "1001"), "--steps"), (("--sample_batch", "0"), "--sample_batch"),
     (("--seed", "-1"), "--seed"), (("--seed", "99999999999999999999999"), "--seed"), (("--channels", "20"), "16"),
     (("--guidance", "-1"), "--guidance"), (("--sampler", "euler"), "dpm++"), (("--mode", "draw"), "infer"),
-    (("--model", "gan"), "diffusion"), (("--dataset", "cifar"), "digits"), (("--device", "gpu"), "cuda:N"),
+    (("--model", "flow"), "diffusion"), (("--dataset", "cifar"), "digits"), (("--device", "gpu"), "cuda:N"),
     (("--device", "cuda:x"), "cuda:N"), (("--device", "cuda:\u00b2"), "cuda:N"),
     (("--precision", "float16"), "bfloat16"),
     (("--epoch", "3"), "--epoch"), (("--num", "3"), "--num"), (("--learning-rate", "1"), "--learning-rate"),
@@ -2324,7 +2325,7 @@ def readme() -> str:
 
 def test_readme_lists_every_flag_in_a_table(readme):
     rows = "\n".join(line for line in readme.splitlines() if line.startswith("|"))
-    listed = set(re.findall(r"--[a-z_]+", rows))
+    listed = set(re.findall(r"--[a-z0-9_]+", rows))
     flags = {s for action in ig.build_parser()._actions for s in action.option_strings if s.startswith("--")}
     assert flags - {"--help"} <= listed, f"missing: {sorted(flags - {'--help'} - listed)}"
 
