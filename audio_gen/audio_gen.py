@@ -1254,7 +1254,8 @@ class AudioVAE(MelFamily):
 
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The negative evidence lower bound in nats per mel bin. The likelihood is a Gaussian whose variance is the
-        best one for the batch, so that no weight between the two terms has to be guessed ([Rybkin21] eq. 9)."""
+        best one for the batch, so that no weight between the two terms has to be guessed ([Rybkin21] eq. 9). With
+        several processes it is the best one for each process's share."""
         target = self.log_mel(batch.audio)
         mean, log_variance = self.posterior(target)
         latent = mean + (0.5 * log_variance).exp() * batch.draw.normal(*mean.shape[1:])
@@ -1653,8 +1654,12 @@ def sdr_db(estimate: Tensor, reference: Tensor) -> Tensor:
 
 
 def pesq_wb(estimate: Tensor, reference: Tensor) -> float:
-    from pesq import pesq
-    return pesq(SAMPLE_RATE, reference.numpy(), estimate.numpy(), "wb")
+    from pesq import PesqError, pesq
+    try:
+        return pesq(SAMPLE_RATE, reference.numpy(), estimate.numpy(), "wb")
+    except PesqError as error:
+        text = error.args[0]
+        raise ValueError(text.decode() if isinstance(text, bytes) else str(text)) from None
 
 
 def stoi(estimate: Tensor, reference: Tensor) -> float:
@@ -2137,7 +2142,7 @@ def write_wav(path: Path, audio: Tensor) -> None:
 def level_matched(estimate: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
     """Both as loud as `original`; if a peak would clip, both are turned down together."""
     level = original.square().mean().sqrt() / estimate.square().mean().sqrt().clamp(min=1e-9)
-    estimate = estimate * level.clamp(max=10)
+    estimate = estimate * level.clamp(max=1000)
     peak = max(estimate.abs().max().item(), original.abs().max().item())
     gain = min(1.0, 0.999 / peak) if peak > 0 else 1.0
     return estimate * gain, original * gain

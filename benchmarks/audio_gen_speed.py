@@ -82,7 +82,7 @@ def training(data: ag.AudioData, rounds: int) -> dict:
     draws = iter(range(10**6))
 
     def crops() -> ag.Batch:
-        return ag.random_crops(data.train, ag.Draw(0, next(draws), BATCH, slice(None), device))
+        return ag.random_crops(data.train, ag.Draw(0, next(draws), BATCH, slice(None), device), ag.RunConfig.speed)
 
     per_clip = {"crops_and_augmentation": statistics.median(clock(crops, rounds)) / BATCH * 1e3}
     for name, family in ag.FAMILIES.items():

@@ -477,7 +477,12 @@ def test_pursuit_finds_what_a_naive_one_finds(seed):
         terms, rest = naive_pursuit(patches, atoms, count)
         found = ag.pursue(patches, atoms, count)
         assert sorted(zip(found[0].tolist(), found[1].tolist())) == sorted(terms), count
-        assert left_over(patches, atoms, found) <= rest * (1 + 1e-5)  # the amplitudes are fitted together at the end
+        assert left_over(patches, atoms, found) <= rest * (1 + 1e-5)
+    dictionary = torch.zeros(150, 40, 16)  # the amplitudes are fitted together at the end: nearly the least squares
+    dictionary[torch.arange(150), found[0]] = atoms[found[1]]
+    best = torch.linalg.lstsq(dictionary.flatten(1).T.double(), patches.flatten()[:, None].double(), driver="gelsd")
+    least = (dictionary.flatten(1).T.double() @ best.solution - patches.flatten()[:, None]).square().sum().item()
+    assert left_over(patches, atoms, found) - least < 0.3 * (rest - least)
 
 
 def test_pursuit_among_more_patches_than_it_looks_at_in_one_go():
@@ -913,6 +918,16 @@ def test_half_precision_keeps_statistics_and_hardly_changes_the_sound(family, mo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_clips_of_a_batch_do_not_know_of_each_other(family, models):
+    model, frames = models[family], torch.tensor([FRAMES, 100, FRAMES])
+    audio = torch.stack([song(1), 0.01 * song(1, 3) * (torch.arange(CLIP) < 100 * HOP), song(1, 5)])
+    together = model.decode(model.encode(audio, frames))
+    for n in range(3):
+        alone = model.decode(model.encode(audio[n:n + 1], frames[n:n + 1]))[0]
+        assert snr(together[n], alone) > 60
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_close(family, models):
     model, audio = copy.deepcopy(models[family]), song(1)
     expected = ag.decode_long(model, audio)
@@ -1318,6 +1333,21 @@ def test_records_of_a_run_are_whole_and_in_order(references):
         assert all(not isinstance(value, float) or math.isfinite(value) for line in lines for value in line.values())
 
 
+def test_recorded_losses_are_means_over_their_steps(monkeypatch):
+    """Of the steps since the last line, and of all steps of the epoch."""
+    losses, original = [], ag.AudioAutoencoder.losses
+
+    def noted(self, batch):
+        for player, loss, stats in original(self, batch):
+            losses.append(loss.item())
+            yield player, loss, stats
+
+    monkeypatch.setattr(ag.AudioAutoencoder, "losses", noted)
+    ok(*run_of("autoencoder"))
+    spans = [(0, 6), (0, 6), (6, 10), (10, 12), (6, 12)]
+    assert [r["loss"] for r in records("results")] == pytest.approx([np.mean(losses[a:b]) for a, b in spans], rel=1e-4)
+
+
 def test_checkpoint_describes_itself(references):
     for family in FAMILIES:
         state = read(references[family] / "model.pt")
@@ -1492,12 +1522,12 @@ def test_signal_to_the_program_saves_and_stops(references, place, python, number
 
 @pytest.mark.parametrize("family, when", [("autoencoder", "step"), ("waveform_vae", "step"), ("vae", "writing")])
 def test_killed_run_resumes_from_its_last_checkpoint(references, family, when):
-    """kill -9 in the middle of step 10, and in the middle of writing the checkpoint of step 8."""
+    """kill -9 after step 11, when more is recorded than saved, and in the middle of writing what step 8 has saved."""
     def run():
         train_step, replace, writes = ag.Trainer.train_step, os.replace, itertools.count(1)
 
         def die_in_step(self):
-            if self.step == 9:
+            if self.step == 11:
                 os.kill(os.getpid(), signal.SIGKILL)
             train_step(self)
 
@@ -1581,24 +1611,31 @@ def free_port() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_processes_train_the_same_model_and_the_first_alone_writes(references, place, python, family):
-    port, processes = str(free_port()), []
+def test_two_processes_train_the_same_model_and_the_first_alone_writes(place, python, family):
+    """With whole clips (--speed 0): what is padded counts by its frames, and less in a batch than in one alone. The
+    vae's likelihood has the best variance for the clips of a process, so that it is only alike."""
+    port, processes, run = str(free_port()), [], (*run_of(family), "--speed", 0)
     for rank in range(2):
         home = place / f"rank{rank}"
         home.mkdir()
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": port}
-        processes.append(python(driver(home, ""), *run_of(family), cwd=home, env=environment))
+        processes.append(python(driver(home, ""), *run, cwd=home, env=environment))
     for process in processes:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     assert [path.name for path in (place / "rank1").iterdir()] == ["driver.py"]
-    found, expected = read("rank0/model.pt"), read(references[family] / "model.pt")
-    assert found["step"] == expected["step"]
+    ok(*run)
+    found, expected = read("rank0/model.pt"), read("model.pt")
+    assert found["step"] == expected["step"] == STEPS
+    tolerance = {"autoencoder": 1e-4, "vae": 0.15, "waveform_vae": 2e-3}[family]
     for ours, theirs in zip(found["history"], expected["history"], strict=True):
-        assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(theirs["loss"], rel=0.02, abs=0.02)
-    for key, weights in expected["ema"].items():
-        torch.testing.assert_close(found["ema"][key], weights, rtol=0.05, atol=0.01)
+        assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
+        for name in ours.keys() - {"seconds", "ms_per_clip"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=1e-4), name
+    if family != "vae":
+        for key, weights in expected["ema"].items():
+            assert (found["ema"][key] - weights).norm() <= 0.02 + 0.01 * weights.norm(), key
 
 
 def test_batch_that_can_not_be_shared_is_a_usage_error():
@@ -1702,13 +1739,14 @@ def test_full_disk_while_recording_loses_nothing(references):
     original = ag.Trainer.record
 
     def record(self, **values):
-        with disk_of(40) if self.step == 10 else contextlib.nullcontext():
+        limit = Path("results/metrics.jsonl").stat().st_size + 20
+        with disk_of(limit) if self.step == 10 else contextlib.nullcontext():
             original(self, **values)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ag.Trainer, "record", record)
         assert_error(call(*run_of("autoencoder")), 1, "File too large", bars=True)
-    assert read("model.pt")["step"] == 8
+    assert read("model.pt")["step"] == 8 and not Path("results/metrics.jsonl").read_text().endswith("\n")
     ok(*run_of("autoencoder"), "--resume")
     assert_same_run(".", references["autoencoder"])
 
@@ -1832,6 +1870,8 @@ def test_weights_of_an_export_can_be_used_but_not_continued(model_file):
     expected = wav("results/a_reconstructed.wav")
     assert Path("slim.pt").stat().st_size < whole.stat().st_size / 4
     assert "optimizers" not in read("slim.pt") and read("slim.pt")["made"] == read(whole)["made"]
+    weights = dict(ag.restore_model(read(whole)).named_parameters())
+    assert {value.dtype for name, value in read("slim.pt")["ema"].items() if name in weights} == {torch.float16}
     assert len(read("slim.pt")["history"]) == 1 and read("slim.pt")["history"][0]["epoch"] == 2
     result = call("--resume", "--epochs", 9, *COMMON, "--checkpoint", "slim.pt")
     assert_error(result, 1, "averaged weights", "--mode train")
@@ -2069,6 +2109,31 @@ def test_task_that_a_model_can_not_do_is_a_usage_error(family, flags, words, mod
 def test_interpolation_between_missing_files_is_one_error(model_file):
     model_file("vae")
     assert_error(call(*INFER, "--interpolate", "a.wav", "b.wav"), 1, "a.wav")
+
+
+# === what is shipped ===
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shipped_weights_regenerate_the_shipped_examples(family):
+    """Small files without an optimizer or a path of the machine that made them, and better than their floors."""
+    path = SCRIPT.parent / "pretrained" / ag.FAMILIES[family].checkpoint_name
+    examples = sorted((SCRIPT.parent / "examples").glob("*.flac"))
+    if not path.exists() or not examples:
+        pytest.skip("not shipped yet")
+    state = ag.open_checkpoint(path)
+    assert state["family"] == family and "optimizers" not in state and path.stat().st_size < 20e6
+    assert not re.search(r"(^|[\s'\"=])/\w+/", json.dumps([state["made"], state["data"]]))
+    assert state["history"] and len(examples) == 2
+    model = ag.restore_model(state).eval()
+    for example in examples:
+        audio = ag.read_audio(example)[:CLIP]
+        decoded = ag.decode_long(model, audio)
+        if family == "waveform_vae":
+            assert snr(decoded[0, 0, :len(audio)], audio) > 12
+        else:
+            mel = model.log_mel(F.pad(audio, (0, -len(audio) % HOP))[None])
+            assert (decoded - mel).square().mean() < 0.5 * mel.square().mean()
 
 
 # === the command line: evaluation ===
