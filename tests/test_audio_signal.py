@@ -365,6 +365,9 @@ def test_mel_spectral_convergence_of_a_gain_and_of_silence(fresh):
 
 # --- metrics on waveforms
 
+# optional (it needs a C compiler): the tests say the same with and without it
+NOT_INSTALLED = set() if importlib.util.find_spec("pesq") else {"pesq_wb"}
+
 
 @pytest.mark.parametrize("wanted", [-5, 0, 12.5, 30])
 def test_injected_noise_is_measured(wanted):
@@ -375,7 +378,7 @@ def test_injected_noise_is_measured(wanted):
     values, reasons = wave(reference + hiss, reference)
     assert values["snr_db"] == pytest.approx([wanted], abs=0.01)
     assert values["si_sdr_db"] == pytest.approx([wanted], abs=0.01)
-    assert values["sdr_db"] == pytest.approx([wanted], abs=0.5) and not reasons
+    assert values["sdr_db"] == pytest.approx([wanted], abs=0.5) and not reasons.keys() - NOT_INSTALLED
 
 
 def test_what_each_ratio_forgives():
@@ -451,7 +454,7 @@ def test_only_valid_samples_count():
     alone, _ = wave(near[1:, :length], reference[1:, :length])
     near[1, length:], reference[1, length:] = math.nan, 9.0
     values, _ = wave(near, reference, torch.tensor([CLIP, length]))
-    for name in values:
+    for name in values.keys() - NOT_INSTALLED:
         assert values[name][1] == alone[name][0] and values[name][0] is not None
 
 
@@ -470,7 +473,7 @@ def test_a_broken_estimate_is_none_not_nan(broken):
     near[0] = broken
     values, reasons = wave(near, reference)
     for name, column in values.items():
-        assert column[1] is not None
+        assert column[1] is not None or name in NOT_INSTALLED
         assert math.isfinite(column[0]) if broken == 0 and column[0] is not None else reasons[name]
     for name in ("si_sdr_db", "sdr_db"):
         assert values[name][0] is None
