@@ -54,6 +54,7 @@ import shutil
 import signal
 import stat
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -346,11 +347,12 @@ def resample(blocks: Iterator[np.ndarray], rate: int) -> Tensor:
     return torch.cat(done)[:-(-count * up // down)]
 
 
-def read_audio(path: Path) -> Tensor:
-    """Any file that soundfile reads, any rate and channels -> float32 mono [L] at SAMPLE_RATE."""
+def read_audio(path: Path, flag: str = "--input") -> Tensor:
+    """Any file that soundfile reads, any rate and channels -> float32 mono [L] at SAMPLE_RATE. `flag` has named it."""
     import soundfile
     if not path.is_file():
-        raise UserError(f"{path} is a folder, not an audio file" if path.is_dir() else f"there is no file {path}")
+        raise UserError((f"{path} is a folder, not an audio file" if path.is_dir() else f"there is no file {path}")
+                        + f": give audio files with {flag}")
 
     def blocks(file: Any) -> Iterator[np.ndarray]:
         while len(block := file.read(1 << 18, dtype="float32", always_2d=True)):
@@ -364,7 +366,8 @@ def read_audio(path: Path) -> Tensor:
                 raise UserError(f"{path} claims {file.samplerate} Hz: rates from 1 kHz to 1 MHz can be read")
             audio = resample(blocks(file), file.samplerate)
     except (OSError, RuntimeError, ValueError) as error:  # soundfile's own errors are RuntimeErrors
-        raise UserError(f"{path} can't be read as audio ({first_line(error)}): repair or remove it") from None
+        raise UserError(f"{path} can't be read as audio ({first_line(error)}): repair or remove it, or convert it "
+                        "to WAV or FLAC") from None
     if not len(audio):
         raise UserError(f"{path} holds no samples: remove it or give another file")
     return audio
@@ -485,9 +488,11 @@ class MUSDBDataset(AudioData):
         root, stem = given.get("musdb_root", MUSDB_ROOT), given.get("stem", "all")
         train, test = self.songs(root / "train"), self.songs(root / "test")
         if len(train) < 2 or not test:
+            free = not root.exists() or root.is_dir() and not any(root.iterdir())  # a download adds to nothing else
+            remedy = "get them with --prepare_data --musdb sample" if free else "add some"
             raise UserError(f"{root} holds {len(train)} song(s) in train/ and {len(test)} in test/, needed are 2 and 1 "
-                            "(*.stem.mp4, or folders with mixture.wav ...): get them with --prepare_data, name "
-                            "another folder with --musdb_root, or use --dataset synthetic")
+                            f"(*.stem.mp4, or folders with mixture.wav ...): {remedy}, name another folder with "
+                            "--musdb_root, or use --dataset synthetic")
         if both := train.keys() & test.keys():
             raise UserError(f"{root}: {min(both)!r} is in train/ and in test/; remove one of them")
         import yaml
@@ -768,6 +773,7 @@ def clip_batch(clips: Sequence[tuple[Track, int]], device: torch.device) -> Batc
 # === signal path ===
 
 PHASES = ("griffinlim", "pghi", "original")  # how a mel spectrogram becomes sound again; the last is an upper bound
+UPPER_BOUND = "the input's own: an upper bound, not the model's result"  # which is said wherever "original" is
 MEL_FLOOR = 1e-8  # added to mel power before the logarithm: -80 dB of a full-scale sine, and what silence looks like
 BLOCK = 256  # frames transformed at a time on CPUs: what fits the cache takes a third of the time
 INVERSE_STEPS = 16  # from mel to frequencies: 50 would add 0.2 dB of SDR
@@ -787,9 +793,6 @@ class AudioPreprocessor(nn.Module):
             warnings.simplefilter("ignore")
             filters = melscale_fbanks(WINDOW // 2 + 1, 0.0, SAMPLE_RATE / 2, n_mels, SAMPLE_RATE, None, "htk")
         filters[0, 0] = 1  # no triangle holds 0 Hz, but real recordings hold much below 8 Hz, which SDR would count
-        if empty := int((filters.amax(0) == 0).sum()):
-            print(f"warning: {empty} of {n_mels} mel bands are narrower than the transform resolves and stay empty: "
-                  "they hold no sound; use fewer --n_mels", file=sys.stderr)
         self.bands = []  # 16 filters each, and the frequencies where they are not zero: an eighth of the products
         for first in range(0, n_mels, 16):
             used = filters[:, first:first + 16].any(1).nonzero().flatten().tolist() or [0]
@@ -1008,12 +1011,16 @@ class Family(nn.Module, abc.ABC):
     """What the trainer, the checkpoints and the command line know of a model; nothing else asks what it is.
 
     Subclasses set `config_class`, `checkpoint_name` (default file in models/), `phases` (ways to make the decoded clip
-    audible), `per_frame` (elements of a decoded clip's last axis per frame) and what they can do beyond regenerating.
+    audible), `per_frame` (elements of a decoded clip's last axis per frame), `margin` (frames at either end of a clip
+    that it decodes worse than the others) and `whole_clips` (a code is as long for a part of a clip as for all of it),
+    and what they can do beyond regenerating.
     """
     config_class: type
     checkpoint_name: str
     phases: tuple[str, ...] = PHASES
     per_frame = 1
+    margin = 0
+    whole_clips = False
     can_sample = False
     can_interpolate = True
 
@@ -1068,8 +1075,8 @@ class Family(nn.Module, abc.ABC):
 
     def sample(self, noise: Noise) -> Tensor:
         """New decoded clips from the prior, one for each generator of `noise`."""
-        raise UserError(f"a {type(self).__name__} has no prior to sample from: use --model " + " or ".join(
-            name for name, family in FAMILIES.items() if family.can_sample), 2)
+        raise UserError(f"--sample: {a_model(family_name(self))} has no prior to sample from: use --model " +
+                        " or ".join(name for name, family in FAMILIES.items() if family.can_sample), 2)
 
 
 # === autoencoder ===
@@ -1097,6 +1104,7 @@ class MelFamily(Family):
     """What the two families on log-mel spectrograms share: two networks around `codes` numbers in each of `frames`
     steps of time, each beside a linear path that starts as the principal components of the training set's
     spectrograms. The network has to learn only what is not linear."""
+    whole_clips = True
 
     def __init__(self, config: Any, data: dict, codes: int, frames: int) -> None:
         super().__init__(config, data)
@@ -1158,6 +1166,7 @@ class AudioAutoencoder(MelFamily):
     """A residual autoencoder: a clip's log-mel [1 128 256] becomes one vector of `latent_dim` numbers and returns."""
     config_class = AutoencoderConfig
     checkpoint_name = "audio_autoencoder.pt"
+    margin = 16
     CODES = 64
 
     def __init__(self, config: AutoencoderConfig, data: dict) -> None:
@@ -1571,6 +1580,7 @@ SHIPPED_DEFAULT = "waveform_vae"  # what --mode infer takes: it sounds best by e
 # === metrics ===
 
 INAUDIBLE = 1e-4  # RMS; a reference below it (-80 dB) has no meaningful ratio to an error
+STOI_LEAST = 6560  # samples, 0.41 s: the 30 frames that STOI compares at a time
 
 METRICS = {  # name: (unit, which way is better, definition)
     "mel_mse": ("1", "lower", "mean squared error of the standardised log-mel"),
@@ -1648,13 +1658,22 @@ def si_sdr_db(estimate: Tensor, reference: Tensor) -> Tensor:
 
 def sdr_db(estimate: Tensor, reference: Tensor) -> Tensor:
     from torchmetrics.functional.audio import signal_distortion_ratio
+    need_length(reference, 512)  # its filter would otherwise fit anything
     if not estimate.any():
         raise ValueError("the estimate is digital silence")
     return signal_distortion_ratio(estimate, reference)
 
 
+def need_length(reference: Tensor, samples: int) -> None:
+    """The packages say it in words of their own, or not at all."""
+    if len(reference) < samples:
+        raise ValueError(f"the clip is too short: {len(reference) / SAMPLE_RATE:.2g} s, needed are "
+                         f"{samples / SAMPLE_RATE:.2g} s")
+
+
 def pesq_wb(estimate: Tensor, reference: Tensor) -> float:
     from pesq import PesqError, pesq
+    need_length(reference, SAMPLE_RATE // 4)
     try:
         return pesq(SAMPLE_RATE, reference.numpy(), estimate.numpy(), "wb")
     except PesqError as error:
@@ -1664,7 +1683,14 @@ def pesq_wb(estimate: Tensor, reference: Tensor) -> float:
 
 def stoi(estimate: Tensor, reference: Tensor) -> float:
     from pystoi import stoi as measure
-    return measure(reference.numpy(), estimate.numpy(), SAMPLE_RATE)
+    need_length(reference, STOI_LEAST)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Not enough STFT frames")  # it then returns a number without meaning
+        try:
+            return measure(reference.numpy(), estimate.numpy(), SAMPLE_RATE)
+        except RuntimeWarning:
+            raise ValueError(f"less than {STOI_LEAST / SAMPLE_RATE:.2g} s of the clip sounds (pauses don't "
+                             "count)") from None
 
 
 WAVE_METRICS = (snr_db, si_sdr_db, sdr_db, mr_stft, lsd_db, pesq_wb, stoi)
@@ -1692,12 +1718,10 @@ def wave_metrics(estimate: Tensor, reference: Tensor, samples: Tensor) -> tuple[
 def attempt(measure: Callable[[Tensor, Tensor], Any], estimate: Tensor, reference: Tensor) -> tuple[float | None, str]:
     """(value, "") or (None, why there is none)"""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Not enough STFT frames")  # pystoi then returns a number without meaning
-            value = float(measure(estimate, reference))
+        value = float(measure(estimate, reference))
     except ImportError as error:
         return None, f"not measured ({first_line(error)}): pip install pesq pystoi torchmetrics"
-    except (RuntimeError, RuntimeWarning, ValueError, ArithmeticError) as error:
+    except (RuntimeError, ValueError, ArithmeticError) as error:
         return None, first_line(error)
     return (value, "") if math.isfinite(value) else (None, f"the result was {value}")
 
@@ -1746,9 +1770,9 @@ def sounds(model: Family, audio: Tensor, frames: Tensor) -> Iterator[tuple[str, 
     yield "floor_mean_spectrum_griffinlim", None, prep.to_audio(mean, audio.shape[1], "griffinlim")
 
 
-def measure_rows(model: Family, clips: Sequence[tuple], progress_title: str = "") -> dict[str, Any]:
+def measure_rows(model: Family, clips: Sequence[tuple], phase: str = "", progress_title: str = "") -> dict[str, Any]:
     """{row: {"all" or stem: {metric: summary}}} over clips (track, start) or, where the sound that a whole file became
-    is at hand, (track, start, that sound [L])."""
+    is at hand, (track, start, that sound [L]): it stands for the row of the `phase` that made it, and for no other."""
     values: dict[str, list[tuple[str, dict]]] = {}
     device, prep = next(model.parameters()).device, model.preprocessor
     with progress(len(clips), progress_title, not progress_title, unit="clip", leave=False) as bar:
@@ -1758,7 +1782,7 @@ def measure_rows(model: Family, clips: Sequence[tuple], progress_title: str = ""
             samples = torch.tensor([min(CLIP, len(clip[0].audio) - clip[1]) for clip in part])
             target = prep.standardise(prep.log_mel(batch.audio))
             for row, mel, sound in sounds(model, batch.audio, batch.frames):
-                if row in ("model", f"model_{model.phases[0]}") and len(part[0]) == 3:
+                if row in ("model", f"model_{phase}") and len(part[0]) == 3:
                     sound = torch.stack([F.pad(whole[start:start + CLIP], (0, CLIP))[:CLIP]
                                          for _, start, whole in part]).to(device)
                 mel = prep.standardise(prep.log_mel(sound)) if mel is None else mel
@@ -1793,6 +1817,8 @@ def print_rows(rows: dict[str, Any], stem: str) -> None:
     for name, row in rows.items():
         cells = [row[stem].get(metric, {}).get("median") for metric in SHOWN]
         print(f"{name:38}" + "".join(f"{'-' if cell is None else format(cell, '.3f'):>11}" for cell in cells))
+    if any(name.endswith("_original") for name in rows):
+        print(f"the phase of ..._original is {UPPER_BOUND}")
     for metric, entry in next(reversed(rows.values()))[stem].items():
         if "reason" in entry:
             print(f"{metric}: {entry['reason']}")
@@ -1910,7 +1936,8 @@ class Trainer:
                 "schedulers": {k: s.state_dict() for k, s in self.schedulers.items()},
                 "rng": torch.get_rng_state(), "step": self.step, "epoch_done": self.epoch_done,
                 "batch_size": self.batch_size, "sums": self.sums.cpu(), "looked": self.looked.cpu(),
-                "seconds": self.seconds, "history": self.history, "made": provenance()}
+                "seconds": self.seconds, "data_seconds": self.data_seconds,
+                "history": self.history, "made": provenance()}
 
     def save(self) -> None:
         """Write the checkpoint, unless the weights have become useless: then the last good one stays."""
@@ -1931,6 +1958,7 @@ class Trainer:
             self.ema.n_averaged.fill_(state["step"])
             torch.set_rng_state(state["rng"])
             self.step, self.epoch_done, self.seconds = state["step"], state["epoch_done"], state["seconds"]
+            self.data_seconds = state.get("data_seconds", 0.0)
             self.sums, self.looked = (state[key].to(self.world.device) for key in ("sums", "looked"))
             self.history = list(state["history"])
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
@@ -2069,6 +2097,11 @@ def family_name(model: Family) -> str:
     return next(name for name, family in FAMILIES.items() if family is type(model))
 
 
+def a_model(name: str) -> str:
+    """a vae model, an autoencoder model"""
+    return f"a{'n' * (name[0] in 'aeiou')} {name} model"
+
+
 def provenance() -> dict[str, str]:
     """How a checkpoint came to be: command (paths shortened to their last part), versions, machine."""
     import platform
@@ -2081,19 +2114,24 @@ def provenance() -> dict[str, str]:
 
 # === regeneration and its figures ===
 
-FADE = 32  # frames over which neighbouring chunks of a long file are blended: 0.64 s
+FADE = 32  # frames over which neighbouring chunks of a long file are blended: 0.64 s; they overlap at least so far
 PIECE = 1000  # frames that are made audible at a time, 20 s: what stays in the cache is three times as fast
 
 
 @torch.no_grad()
 def decode_long(model: Family, audio: Tensor, batch: int = 8) -> Tensor:
     """Waveform [L] of any length -> decoded [1 R frames * per_frame], in chunks of one clip that overlap and are
-    blended linearly, so that a seam has no edge."""
-    frames, stride, scale = max(1, -(-len(audio) // HOP)), FRAMES - FADE, model.per_frame
-    starts = list(range(0, max(1, frames - FADE), stride))
+    blended linearly in the middle of it, so that a seam has no edge and takes nothing from the chunks' own margins.
+    Where a short last chunk would cost as much as a whole one, it is moved back to be one: silence after the end takes
+    its share of what a clip can hold."""
+    frames, overlap, scale = max(1, -(-len(audio) // HOP)), FADE + 2 * model.margin, model.per_frame
+    starts = list(range(0, max(1, frames - overlap), FRAMES - overlap))
+    if model.whole_clips and len(starts) > 1:
+        starts[-1] = frames - FRAMES
     padded = F.pad(audio, (0, starts[-1] * HOP + CLIP - len(audio)))
     whole, device = None, next(model.parameters()).device
     ramp = (torch.arange(FADE * scale) + 0.5) / (FADE * scale)
+    end = 0  # of the chunk before
     for first in range(0, len(starts), batch):
         part = starts[first:first + batch]
         chunks = torch.stack([padded[s * HOP:s * HOP + CLIP] for s in part]).to(device)
@@ -2101,11 +2139,12 @@ def decode_long(model: Family, audio: Tensor, batch: int = 8) -> Tensor:
         for start, decoded in zip(part, model.decode(model.encode(chunks, sound)).cpu()):
             if whole is None:
                 whole = decoded.new_zeros(len(decoded), (starts[-1] + FRAMES) * scale)
+            skip = (end - start - FADE) // 2 * scale if start > 0 else 0  # up to the middle of the overlap
             if start > 0:
-                decoded[:, :len(ramp)] *= ramp
-            if start < starts[-1]:
-                decoded[:, -len(ramp):] *= 1 - ramp
-            whole[:, start * scale:(start + FRAMES) * scale] += decoded
+                before = whole[:, start * scale + skip:][:, :len(ramp)]
+                decoded[:, skip:skip + len(ramp)] = before * (1 - ramp) + decoded[:, skip:skip + len(ramp)] * ramp
+            end = start + FRAMES
+            whole[:, start * scale + skip:end * scale] = decoded[:, skip:]
     return whole[None, :, :frames * scale]
 
 
@@ -2154,7 +2193,7 @@ def new_figure(rows: int, columns: int, title: str, size: tuple[float, float] = 
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), layout="constrained",
                                 squeeze=False)
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, int(10 * size[0] * columns)))  # so many letters are as wide as the picture
     return figure, axes
 
 
@@ -2230,7 +2269,8 @@ def draw_curves(trainer: Trainer) -> None:
     steps = [(r["step"] / trainer.steps_per_epoch, r["loss"]) for r in trainer.history if "epoch" not in r]
     names = [name for name in epochs[0] if name.startswith("val_")]
     figure, axes = new_figure(1, 1 + len(names), title_of(trainer.model), (4.6, 3.6))
-    axes[0, 0].plot(*zip(*steps), linewidth=0.8, label=f"training, per {LOG_EVERY} steps")
+    axes[0, 0].plot(*zip(*steps), linewidth=0.8, marker="o" if len(steps) < 20 else None, markersize=3,  # 1 is no line
+                    label=f"training, per {LOG_EVERY} steps")
     axes[0, 0].set(xlabel="epoch", ylabel="loss")
     axes[0, 0].legend(frameon=False)
     for axis, name in zip(axes[0, 1:], names):
@@ -2241,6 +2281,10 @@ def draw_curves(trainer: Trainer) -> None:
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     save_figure(figure, trainer.results / "training_curves.png")
+
+
+def phase_note(phase: str) -> str:
+    return f"phase: {phase}" + f" ({UPPER_BOUND})" * (phase == "original")
 
 
 def title_of(model: Family, *more: str) -> str:
@@ -2397,23 +2441,33 @@ def resumed_config(given: dict[str, Any], state: dict) -> Any:
     return config
 
 
+def made_clips(given: dict[str, Any], state: dict) -> int:
+    """How many synthetic clips a checkpoint was trained on: all of its tracks but those of --extra_root. Where that
+    can't be told, or the folder is not the one of the run, the data will be found to differ."""
+    extra, count = given.get("extra_root"), 0
+    with contextlib.suppress(AttributeError, TypeError, ValueError, OverflowError):
+        count = int(sum(state["data"]["tracks"].values()))
+    return min(max(count - (len(audio_files(extra, "--extra_root")) if extra else 0), 3), 1_000_000)
+
+
 def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> int:
     """--mode train"""
     key, state, dataset = given.get("model", next(iter(FAMILIES))), None, given.get("dataset", "musdb")
     if given.get("resume"):
         state = open_checkpoint(default_paths(given, FAMILIES[key])[0])
         if given.get("model", state["family"]) != state["family"]:
-            raise UserError(f"the checkpoint holds a {state['family']} model, not --model {key}", 2)
+            raise UserError(f"the checkpoint holds {a_model(state['family'])}, not --model {key}", 2)
         key, dataset = state["family"], given.get("dataset", state["data"]["dataset"])
     check_flags(given | {"dataset": dataset}, key)
     if given.get("prepare_data"):
         return prepare_data(given, dataset, world)
     checkpoint, results = default_paths(given, FAMILIES[key])
     config = resumed_config(given, state) if state else FAMILIES[key].config_class(**config_given(given, key))
-    data = load_data(given, dataset, world)
+    known = {"num_samples": made_clips(given, state)} if state and dataset == "synthetic" else {}
+    data = load_data(known | given, dataset, world)
     if state and data.info() != state["data"]:
         raise UserError(f"{checkpoint} was trained on other data ({state['data']['title']}, tracks "
-                        f"{state['data']['tracks']}): give its --dataset, folders and --stem")
+                        f"{state['data']['tracks']}): give its --dataset, folders, --stem, --num_samples")
     torch.manual_seed(config.seed)
     model = FAMILIES[key](config, data.info()).to(world.device)
     if world.main:
@@ -2493,6 +2547,10 @@ def announce(trainer: Trainer) -> None:
           f"{len(data.valid)} for validation, {len(data.test)} for test; {world.device}, "
           f"{str(model.precision).removeprefix('torch.')}, "
           f"{world.size} process(es)", flush=True)
+    empty = int((model.preprocessor.filters.amax(0) == 0).sum())
+    if empty and not trainer.step:  # said where it can still be changed
+        print(f"warning: {empty} of {config.n_mels} mel bands are narrower than the transform resolves and stay empty: "
+              "they hold no sound; use fewer --n_mels", file=sys.stderr)
     if trainer.step:
         print(f"resuming {trainer.checkpoint} at step {trainer.step} of {config.epochs * trainer.steps_per_epoch}")
 
@@ -2518,7 +2576,7 @@ def regenerate_held_out(trainer: Trainer, epoch: int) -> None:
             write_wav(trainer.results / f"audio_original_{i}.wav", original)
         both = F.pad(torch.stack([original, estimate]), (0, -len(audio) % HOP)).to(trainer.world.device)
         columns.append((f"{track.name[:24]} ({track.stem})", *model.preprocessor.log_mel(both).cpu()))
-    title = title_of(model, f"epoch {epoch}", f"phase: {model.phases[0]}")
+    title = title_of(model, f"epoch {epoch}", phase_note(model.phases[0]))
     spectrogram_figure(folder / f"spectrogram_{stamp[:-1]}.png", title, columns)
     if last:
         spectrogram_figure(trainer.results / "spectrogram_comparison.png", title, columns)
@@ -2539,14 +2597,14 @@ def open_model(given: dict[str, Any], world: World, precision: torch.dtype) -> t
                             "--checkpoint")
     state = open_checkpoint(path)
     if given.get("model", state["family"]) != state["family"]:
-        raise UserError(f"{path} holds a {state['family']} model, not --model {given['model']}: name another "
+        raise UserError(f"{path} holds {a_model(state['family'])}, not --model {given['model']}: name another "
                         "--checkpoint", 2)
     check_flags(given, state["family"])
     model = restore_model(state, **config_given(given, state["family"])).to(world.device).eval()
     model.precision = precision
     if given.get("phase", model.phases[0]) not in model.phases:
-        raise UserError(f"--phase {given['phase']}: a {state['family']} model makes its own phase; leave the flag out",
-                        2)
+        raise UserError(f"--phase {given['phase']}: {a_model(state['family'])} makes its own phase; leave the flag "
+                        "out", 2)
     if world.main:
         check_writable(results)
     return model, state, path, results
@@ -2607,11 +2665,12 @@ def run_regenerate(model: Family, given: dict[str, Any], phase: str, results: Pa
         clips += [(*clip, raw) for clip in fixed_clips([track], 8)]
     spent = time.perf_counter() - started
     print(f"{seconds:.1f} s of sound in {spent:.1f} s: {seconds / spent:.1f} x real time on "
-          f"{next(model.parameters()).device}, phase: {phase}")
-    inference_figure(results / "inference_comparison.png", title_of(model, f"phase: {phase}"), columns, model)
+          f"{next(model.parameters()).device}, {phase_note(phase)}")
+    inference_figure(results / "inference_comparison.png", title_of(model, phase_note(phase)), columns, model)
     report = {"model": family_name(model), "latent_numbers_per_second": model.latents_per_second(), "phase": phase,
-              "files": [str(f) for f in files], "seconds": round(spent, 2), "machine": provenance()}
-    report["rows"] = measure_rows(model, clips)
+              "original_phase": UPPER_BOUND, "files": [str(f) for f in files], "seconds": round(spent, 2),
+              "machine": provenance()}
+    report["rows"] = measure_rows(model, clips, phase)
     write_json(results / "inference.json", report)
     print_rows(report["rows"], "all")
     print(f"-> {results / 'inference_comparison.png'}, {results / 'inference.json'}")
@@ -2647,11 +2706,11 @@ def run_sample(model: Family, count: int, seed: int, phase: str, results: Path) 
 def run_interpolate(model: Family, files: Sequence[Path], phase: str, results: Path) -> int:
     """--interpolate A B: from the loudest clip of A to that of B in five steps, in latent space."""
     if not model.can_interpolate:
-        raise UserError(f"--interpolate: a {family_name(model)} model has no latent space to walk through: use --model "
+        raise UserError(f"--interpolate: {a_model(family_name(model))} has no latent space to walk: use --model "
                         + " or ".join(name for name, family in FAMILIES.items() if family.can_interpolate), 2)
     if phase == "original":
         raise UserError("--phase original: a sound between two has no original phase to take; leave the flag out", 2)
-    tracks = [Track(file.name, "file", read_audio(file).numpy()) for file in files]
+    tracks = [Track(file.name, "file", read_audio(file, "--interpolate").numpy()) for file in files]
     ends = [max(fixed_clips([track]), key=lambda clip: float(cut(*clip).square().sum())) for track in tracks]
     start, end = model.encode(clip_batch(ends, next(model.parameters()).device).audio).split(1)
     pieces, columns = [], []
@@ -2683,7 +2742,7 @@ def run_evaluate(given: dict[str, Any], world: World, precision: torch.dtype) ->
               "parameters": sum(p.numel() for p in model.parameters()), "trained_on": state["data"]["title"],
               "latent_numbers_per_second": model.latents_per_second(), "dataset": data.title, "split": "test",
               "clips": len(clips), "tracks": len({track.name for track, _ in clips}), "device": str(world.device),
-              "precision": str(precision).removeprefix("torch.")}
+              "precision": str(precision).removeprefix("torch."), "original_phase": UPPER_BOUND}
     report["rows"] = measure_rows(model, clips, progress_title="measuring")
     report |= {"seconds": round(time.perf_counter() - started, 1), "machine": provenance(), "metrics": {
         name: dict(zip(("unit", "better", "definition"), entry)) for name, entry in METRICS.items()}}
@@ -2695,16 +2754,36 @@ def run_evaluate(given: dict[str, Any], world: World, precision: torch.dtype) ->
     return 0
 
 
+MEMORY_REMEDY = {"train": "lower --batch_size, or give less data", "infer": "give fewer or shorter files",
+                 "evaluate": "close other programs, or give less data"}
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """For that of the CPU, torch raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error) for words in ("DefaultCPUAllocator", "can't allocate memory"))
+
+
+def flush_or_drop() -> None:
+    """What was printed and can't be written is dropped: the interpreter would complain about it at its end."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before the start
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    world = None
+    world, given = None, {"mode": "train"}
     try:
-        given = {"mode": "train"} | vars(build_parser().parse_args(argv))
+        given |= vars(build_parser().parse_args(argv))
         check_flags(given, given.get("model"))
         world = World(given.get("device", "auto"))
         precision = pick_precision(given.get("precision", "auto"), world.device)
         run = {"train": run_train, "infer": run_infer, "evaluate": run_evaluate}[given["mode"]]
         status = run(given, world, precision)
+        print(end="", flush=True)  # now, while an error can still be told
         world.wait()  # a process that leaves early breaks the connections of those still at work
         return status
     except UserError as error:
@@ -2713,14 +2792,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head`: the reader has seen enough
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a disk that fills up, a folder that vanishes
         print(f"error: {error.filename or 'file'}: {error.strerror or error}; checkpoints written so far are whole",
               file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError:
-        print("error: out of memory: lower --batch_size, or use --device cpu", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory: {MEMORY_REMEDY[given['mode']]}"
+              + ", or use --device cpu" * isinstance(error, torch.OutOfMemoryError), file=sys.stderr)
         return 1
     finally:
+        flush_or_drop()
         if world is not None:
             world.close()
 

@@ -76,7 +76,7 @@ def draw(step=0, total=8, rows=slice(None), seed=3):
 def error(*words, code=1):
     """A UserError of one line that holds these words."""
     with pytest.raises(ag.UserError) as caught:
-        yield
+        yield caught
     text = str(caught.value)
     assert "\n" not in text and caught.value.code == code, text
     for word in words:
@@ -230,8 +230,10 @@ BAD_FILES = {
     "a channel of NaN": (lambda p: save(p, np.array([[0.1, np.nan]] * 9, np.float32)), "NaN or infinite"),
     "a header only": (lambda p: p.write_bytes(save(p, tone(1)).read_bytes()[:20]), "can't be read as audio"),
     "a rate of 10 Hz": (lambda p: save(p, tone(1), 10), "10 Hz"),
-    "a folder": (lambda p: p.mkdir(), "is a folder"),
-    "missing": (lambda p: None, "no file"),
+    "a folder": (lambda p: p.mkdir(), "is a folder, not an audio file: give audio files with --input"),
+    "missing": (lambda p: None, "there is no file bad.wav: give audio files with --input"),
+    "an .m4a": (lambda p: p.write_bytes(b"\0\0\0\x20ftypM4A \0\0\0\0M4A mp42isom" + bytes(2000)),
+                "convert it to WAV or FLAC"),  # which soundfile does not read, but is not broken
 }
 
 
@@ -313,6 +315,26 @@ def test_package_s_validation_songs_are_taken_where_they_are_there(place):
     listed = "ANiMAL - Rockshow", "Meaxic - Take A Step"
     data = ag.MUSDBDataset({"musdb_root": hq_root(place / "hq", ("A", "B", *listed), ("D",), 0.1), "stem": "bass"})
     assert {t.name for t in data.valid} == set(listed) and {t.name for t in data.train} == {"A", "B"}
+
+
+def test_remedy_for_missing_songs_is_one_that_helps(place, monkeypatch):
+    """The flags that the message names start the download into the folder that the user has named; one that holds
+    anything is never added to, so that no download is named then."""
+    asked = []
+    monkeypatch.setattr(ag, "download_musdb", lambda kind, root: asked.append((kind, root)))
+    (place / "empty").mkdir()
+    for root in (place / "empty", place / "not yet"):
+        with error(f"{root} holds 0 song(s)", "get them with --prepare_data") as caught:
+            ag.MUSDBDataset({"musdb_root": root})
+        flags = re.search(r"get them with (--\S+(?: [\w-]+)*)", str(caught.value))[1].split()
+        assert ag.main([*flags, "--musdb_root", str(root), "--device", "cpu"]) == 1  # nothing came of it here
+        assert asked.pop() == ("sample", root)
+    hq_root(place / "hq", test=(), seconds=0.1)
+    (place / "other" / "train").mkdir(parents=True)
+    for name, count in (("hq", 3), ("other", 0)):
+        with error(f"{count} song(s)", "add some", "--musdb_root") as caught:
+            ag.MUSDBDataset({"musdb_root": place / name})
+        assert "--prepare_data" not in str(caught.value)
 
 
 def test_missing_musdb_is_named(place):

@@ -27,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -161,7 +162,7 @@ def records(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-UNEQUAL = {"seconds", "ms_per_clip", "made"}  # of two runs that are otherwise the same
+UNEQUAL = {"seconds", "data_seconds", "ms_per_clip", "made"}  # of two runs that are otherwise the same
 
 
 def differences(a, b, path="") -> list[str]:
@@ -953,9 +954,10 @@ LENGTHS = (1, 319, 320, 321, CLIP - 1, CLIP, CLIP + 1, 3 * CLIP + 777)
 class Identity(torch.nn.Module):
     """A model that gives back what it gets, and notes how much it is given at a time."""
 
-    def __init__(self, per_frame: int) -> None:
+    def __init__(self, per_frame: int, margin: int = 0, whole_clips: bool = False) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.margin, self.whole_clips = margin, whole_clips
         self.per_frame, self.encoded, self.rendered, self.frames = per_frame, [], [], []
         self.preprocessor = ag.AudioPreprocessor()
 
@@ -972,16 +974,55 @@ class Identity(torch.nn.Module):
         return decoded[:, 0] if self.per_frame == HOP else original
 
 
+@pytest.mark.parametrize("margin, whole_clips", [(0, False), (0, True), (16, False), (16, True), (40, True)])
 @pytest.mark.parametrize("length", [*LENGTHS, (FRAMES - 1) * HOP, 480 * HOP, 480 * HOP + 1, 65 * RATE])
-def test_chunks_of_a_perfect_model_add_up_to_the_file(length):
+def test_chunks_of_a_perfect_model_add_up_to_the_file(length, margin, whole_clips):
     """Fades that do not add up to one, a lost chunk or a shift by one sample would show."""
-    model, audio = Identity(HOP), torch.randn(length, generator=torch.Generator().manual_seed(0))
+    model = Identity(HOP, margin, whole_clips)
+    audio = torch.randn(length, generator=torch.Generator().manual_seed(0))
     decoded = ag.decode_long(model, audio)
     assert decoded.shape == (1, 1, -(-length // HOP) * HOP)
     torch.testing.assert_close(decoded[0, 0, :length], audio, rtol=0, atol=2e-6)
     assert not decoded[0, 0, length:].any()
     torch.testing.assert_close(ag.render_long(model, decoded, "own", audio), audio, rtol=0, atol=1e-5)
     assert model.frames[:-1] == [FRAMES] * (len(model.frames) - 1) and 1 <= model.frames[-1] <= FRAMES
+    if whole_clips and length > CLIP:  # no silence after the end takes its share of the last code
+        assert model.frames[-1] == FRAMES
+
+
+@pytest.mark.parametrize("length", [CLIP + 1, 2 * CLIP, 3 * CLIP + 777, 20 * RATE])
+@pytest.mark.parametrize("margin", [1, 16, 40])
+def test_margins_of_chunks_are_left_out(length, margin, monkeypatch):
+    """A model that spoils the ends of every clip spoils the two ends of the file, and nothing at the seams."""
+    model, audio = Identity(HOP, margin, True), torch.randn(length, generator=torch.Generator().manual_seed(0))
+    edge = margin * HOP
+
+    def decode(clips):
+        clips = clips[:, None].clone()
+        clips[..., :edge] += 9
+        clips[..., -edge:] -= 9
+        return clips
+
+    monkeypatch.setattr(model, "decode", decode)
+    decoded = ag.decode_long(model, audio)[0, 0]
+    end = len(decoded) - edge
+    torch.testing.assert_close(decoded[edge:end], F.pad(audio, (0, len(decoded) - length))[edge:end], rtol=0, atol=2e-6)
+    assert decoded[:edge].mean() > 8 and decoded[end:].mean() < -8
+
+
+def test_steady_tone_stays_steady_in_the_shipped_autoencoder():
+    """Where its chunks meet, and where the file ends, no matter how much of the last clip that leaves."""
+    model = ag.restore_model(ag.open_checkpoint(SCRIPT.parent / "pretrained" / "audio_autoencoder.pt")).eval()
+    audio = sine(21 * RATE, 440, 0.2) + sine(21 * RATE, 1000, 0.2)
+    mel = model.preprocessor.unstandardise(ag.decode_long(model, audio))[0]
+    level = F.avg_pool1d(10 * mel.exp().sum(0).log10()[None], 15, 1)[0]  # of 0.3 s
+    step = FRAMES - ag.FADE - 2 * model.margin
+    middle = torch.cat([level[s + 80:s + 160] for s in range(0, len(level) - FRAMES, step)]).median()
+    seams = torch.stack([level[s + model.margin:s + model.margin + ag.FADE - 15].mean()
+                         for s in range(step, len(level) - FRAMES, step)])
+    assert (seams - middle).min() > -2.5  # with an overlap of 0.64 s: -3.1
+    assert level[-80:].mean() - middle > -4  # with silence in the last clip: -9
+
 
 
 def test_mel_chunks_of_a_perfect_model_add_up_to_the_file():
@@ -1436,12 +1477,14 @@ def test_bfloat16_trains(family):
 
 
 def test_mel_scale_with_empty_bands_works():
-    """400 bands are more than the transform resolves: a warning, and no band of nothing spoils anything."""
+    """400 bands are more than the transform resolves: a warning, and no band of nothing spoils anything. The warning
+    comes once, where the number can still be changed."""
     result = ok(*TRAIN, "--n_mels", 400, "--epochs", 1, "--crops", 4)
-    assert "warning" in result.err and "400 mel bands" in result.err
+    assert result.err.count("warning") == result.err.count("21 of 400 mel bands") == 1
     assert finite(read("model.pt"))
     soundfile.write("a.wav", song(0.5).numpy(), RATE)
-    ok(*INFER, "--input", "a.wav")
+    for again in (ok(*INFER, "--input", "a.wav"), ok("--resume", *COMMON, "--num_samples", 10, "--epochs", 2)):
+        assert "warning" not in again.err and "mel bands" not in again.err
     assert len(wav("results/a_reconstructed.wav")) == CLIP // 2
 
 
@@ -1579,6 +1622,66 @@ def test_resume_on_other_data_or_family_is_refused(model_file):
     assert_error(call("--resume", "--epochs", 3, *COMMON, "--beta", 2), 2, "--beta", "vae")
     assert_error(call("--resume", "--epochs", 3, *COMMON, "--data_root", "."), 2, "--data_root", "folder")
     assert_error(call("--resume", "--epochs", 3, *COMMON, "--musdb_root", "."), 2, "--musdb_root", "musdb")
+
+
+def test_resume_knows_how_many_made_up_clips_there_were(place):
+    """Also beside those of --extra_root; and the message names the flag where that folder is not the same."""
+    write_songs(place / "more", 3)
+    more = ("--extra_root", "more")
+    for extra in ((), more):
+        size = ("--num_samples", 13, "--crops", 4, "--batch_size", 2, "--width", 16, "--latent_dim", 8)
+        stopped(143, *COMMON, "--dataset", "synthetic", *size, *extra, "--epochs", 2, at=3)
+        ok("--resume", *COMMON, *extra)
+        state = read("model.pt")
+        assert state["step"] == 4 and sum(state["data"]["tracks"].values()) == 13 + len(extra) // 2 * 3
+    assert_error(call("--resume", *COMMON, "--epochs", 3), 1, "other data", "folders", "--num_samples")
+    ok("--resume", *COMMON, *more, "--num_samples", 13, "--epochs", 3)
+    assert_error(call("--resume", *COMMON, *more, "--num_samples", 14, "--epochs", 4), 1, "--num_samples")
+
+
+@pytest.mark.parametrize("tracks", [None, {}, {"train": "many"}, {"train": math.nan}, {"train": 10 ** 400}, [3]])
+def test_resume_of_a_checkpoint_that_does_not_tell_how_many_is_one_error(tracks, model_file, monkeypatch):
+    state = read(model_file())
+    state["data"]["tracks"] = tracks
+    torch.save(state, "model.pt")
+    monkeypatch.setattr(ag, "load_data", lambda given, *_: synthetic())  # not a million clips
+    assert_error(call("--resume", *COMMON, "--epochs", 3), 1, "other data")
+
+
+def test_share_of_the_crops_counts_what_was_before_a_resume(monkeypatch):
+    """Half a second of crops before the stop, next to nothing after it."""
+    crops = ag.random_crops
+
+    def slow(*rest):
+        if rest[1].total == 2:  # not those that the start takes statistics of
+            time.sleep(0.1)
+        return crops(*rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ag, "random_crops", slow)
+        stopped(143, *run_of("autoencoder"), at=5)
+    out = ok(*run_of("autoencoder"), "--resume").out
+    state = read("model.pt")
+    assert 0.5 < state["data_seconds"] < state["seconds"]
+    share = float(re.search(r"([\d.]+)% of it on crops", out)[1]) / 100
+    assert share == pytest.approx(state["data_seconds"] / state["seconds"], abs=0.002)
+
+
+def test_curve_of_a_short_run_is_seen(monkeypatch):
+    """A line through a single point is no line."""
+    figures = []
+    monkeypatch.setattr(ag, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(ag, "draw_curves", REAL["draw_curves"])
+    ok(*TRAIN, "--epochs", 1)
+    loss = figures[0].axes[0]
+    assert len(loss.lines[0].get_xdata()) == 1
+    loss.get_legend().remove()  # which shows a line of that colour by itself
+    canvas = figures[0].canvas
+    canvas.draw()
+    box = loss.get_window_extent()
+    picture = np.asarray(canvas.buffer_rgba())[::-1][int(box.y0):int(box.y1), int(box.x0):int(box.x1), :3].astype(int)
+    coloured = np.ptp(picture, axis=2) > 60  # the grid and the frame are grey
+    assert coloured.sum() >= 4
 
 
 def write_songs(folder: Path, count: int = 6) -> Path:
@@ -1749,6 +1852,60 @@ def test_full_disk_while_recording_loses_nothing(references):
     assert read("model.pt")["step"] == 8 and not Path("results/metrics.jsonl").read_text().endswith("\n")
     ok(*run_of("autoencoder"), "--resume")
     assert_same_run(".", references["autoencoder"])
+
+
+@pytest.mark.parametrize("take", [lambda: torch.empty(1 << 58), lambda: np.empty(1 << 58)], ids=["torch", "numpy"])
+@pytest.mark.parametrize("family", FAMILIES[:1])
+def test_memory_that_is_not_enough_is_one_error_with_a_remedy(family, take, model_file, monkeypatch):
+    """What torch and numpy really say when there is none: neither is torch.OutOfMemoryError."""
+    model_file(family)
+    soundfile.write("a.wav", song(0.1).numpy(), RATE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ag, "decode_long", lambda *_: take())
+        assert_error(call(*INFER, "--input", "a.wav"), 1, "out of memory", "shorter files")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ag, "measure_rows", lambda *_, **__: take())
+        assert_error(call(*EVALUATE, "--dataset", "synthetic", "--num_samples", 5), 1, "out of memory", "programs")
+    monkeypatch.setattr(ag.Trainer, "batch", lambda self: take())
+    result = call(*run_of(family))
+    assert_error(result, 1, "out of memory", "--batch_size", bars=True)
+    assert "--device cpu" not in result.err  # where it is already
+
+
+def test_memory_of_the_gpu_names_the_cpu_and_other_errors_stay_what_they_are(monkeypatch):
+    def fail(error):
+        def losses(self, batch):
+            raise error
+        return losses
+
+    monkeypatch.setattr(ag.AudioAutoencoder, "losses", fail(torch.OutOfMemoryError("CUDA out of memory")))
+    assert_error(call(*run_of("autoencoder")), 1, "out of memory", "--batch_size", "--device cpu", bars=True)
+    monkeypatch.setattr(ag.AudioAutoencoder, "losses", fail(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        call(*run_of("autoencoder"))
+
+
+@pytest.mark.parametrize("flags", [(*INFER, "--input", "a.wav"), ("--help",)], ids=["infer", "help"])
+def test_reader_that_has_gone_ends_the_program_quietly(flags, model_file, place, python):
+    """`audio_gen.py ... | head -1`"""
+    model_file("waveform_vae")
+    soundfile.write("a.wav", song(0.1).numpy(), RATE)
+    process = python(driver(place, "ag.measure_rows = lambda *a: {}"), *flags, cwd=place, env={"PYTHONUNBUFFERED": ""})
+    process.stdout.close()
+    process.stdout = None
+    _, err = process.communicate(timeout=300)
+    assert err == "" and process.returncode in (0, 128 + signal.SIGPIPE)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_can_not_be_written_is_one_error(model_file, place):
+    model_file("waveform_vae")
+    soundfile.write("a.wav", song(0.1).numpy(), RATE)
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([sys.executable, driver(place, "ag.measure_rows = lambda *a: {}"), *INFER, "--input",
+                                  "a.wav"], stdout=full, cwd=place, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert len(process.stderr.splitlines()) == 1 and "No space left" in process.stderr
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "epoch_001_0.wav", "audio_reconstructed_0.wav"])
@@ -1961,6 +2118,62 @@ def test_phase_is_the_one_that_was_asked_for_and_is_told(family, phase, model_fi
     assert read_json("results/inference.json")["phase"] == phase
 
 
+@pytest.mark.parametrize("phase", ag.PHASES)
+def test_figures_of_a_phase_stand_in_its_own_row(phase, model_file, monkeypatch):
+    """Whatever --phase made the file: each row has what its own phase gives. (The file is one clip long, so that the
+    whole file and its only clip have the same sound.)"""
+    model = ag.restore_model(read(model_file())).eval()
+    quick_metrics(monkeypatch)
+    soundfile.write("a.wav", song(1).numpy(), RATE, subtype="FLOAT")
+    audio = ag.read_audio(Path("a.wav"))
+    ok(*INFER, "--input", "a.wav", "--phase", phase)
+    rows = read_json("results/inference.json")["rows"]
+    assert list(rows) == ROWS["autoencoder"]
+    decoded = model.decode(model.encode(audio[None]))
+    for each in ag.PHASES:
+        expected = model.render(decoded, each, audio[None])[0]
+        assert rows[f"model_{each}"]["all"]["snr_db"]["mean"] == pytest.approx(snr(expected, audio), abs=1e-3)
+        assert rows[f"model_{each}"]["all"]["lsd_db"]["mean"] == pytest.approx(ag.lsd_db(expected, audio).item(), 1e-4)
+    assert rows["model_original"]["all"]["snr_db"]["mean"] > rows["model_griffinlim"]["all"]["snr_db"]["mean"] + 0.5
+
+
+@pytest.mark.parametrize("phase", ag.PHASES)
+def test_sound_of_a_whole_file_stands_for_its_phase_alone(phase, models, quick):
+    track = ag.Track("a", "file", song(1).numpy())
+    plain, given = (REAL["measure_rows"](models["vae"], [clip], phase)
+                    for clip in ((track, 0), (track, 0, song(1) + 0.01 * sine(CLIP, 1000))))
+    assert [name for name in plain if plain[name] != given[name]] == [f"model_{phase}"]
+
+
+def test_phase_of_the_input_is_called_an_upper_bound_wherever_it_is_named(model_file, monkeypatch):
+    words = "an upper bound, not the model's result"
+    model_file()
+    titles, new_figure = [], ag.new_figure
+    monkeypatch.setattr(ag, "new_figure", lambda *a: titles.append(a[2]) or new_figure(*a))
+    monkeypatch.setattr(ag, "inference_figure", REAL["inference_figure"])
+    quick_metrics(monkeypatch)
+    soundfile.write("a.wav", song(0.1).numpy(), RATE)
+    for phase in ("original", "griffinlim"):
+        out = ok(*INFER, "--input", "a.wav", "--phase", phase).out
+        line = next(line for line in out.splitlines() if "x real time" in line)
+        assert (words in line) == (words in titles.pop()) == (phase == "original")
+        assert words in next(line for line in out.splitlines() if "..._original" in line)  # the rows of the table
+        assert words in read_json("results/inference.json")["original_phase"]
+    ok(*EVALUATE, "--dataset", "synthetic", "--num_samples", 5, "--eval_clips", 1)
+    assert words in read_json("results/evaluation.json")["original_phase"]
+
+
+def test_title_is_no_wider_than_its_picture():
+    """Of one file, with all that has to be said."""
+    title = f"autoencoder · 3.125 numbers/s · trained on MUSDB18 (vocals) · {ag.phase_note('original')}"
+    for columns in (1, 2):
+        figure, _ = ag.new_figure(4, columns, title)
+        figure.canvas.draw()
+        box = figure._suptitle.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width and " ".join(figure._suptitle.get_text().split()) == title
+        ag.save_figure(figure, Path("a.png"))
+
+
 def test_own_files_keep_name_and_length(model_file, place):
     model_file("waveform_vae")
     (place / "deep").mkdir()
@@ -2106,9 +2319,19 @@ def test_task_that_a_model_can_not_do_is_a_usage_error(family, flags, words, mod
     assert not list(Path().glob("results/*.wav"))
 
 
+def test_messages_call_a_model_by_its_name(model_file):
+    model_file("autoencoder")
+    assert "--sample: an autoencoder model has no prior" in call(*INFER, "--sample", 1).err
+    assert "holds an autoencoder model, not --model vae" in call(*INFER, "--model", "vae").err
+    assert "holds an autoencoder model" in call("--resume", *COMMON, "--model", "vae").err
+    model_file("waveform_vae")
+    assert "--sample: a waveform_vae model has no prior" in call(*INFER, "--sample", 1).err
+
+
 def test_interpolation_between_missing_files_is_one_error(model_file):
     model_file("vae")
-    assert_error(call(*INFER, "--interpolate", "a.wav", "b.wav"), 1, "a.wav")
+    result = call(*INFER, "--interpolate", "a.wav", "b.wav")
+    assert_error(result, 1, "no file a.wav: give audio files with --interpolate")
 
 
 # === what is shipped ===
