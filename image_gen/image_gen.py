@@ -380,19 +380,30 @@ def load_mnist(root: Path | None, _size: int | None, world: World | None = None)
 def load_cifar10(root: Path | None, _size: int | None, world: World | None = None) -> Images:
     """The 50,000 + 10,000 small photographs of ten kinds of things, [3 32 32]; downloaded as MNIST is."""
     from torchvision.datasets import CIFAR10
+    return load_cifar(CIFAR10, "cifar10", "CIFAR-10", root, world)
+
+
+def load_cifar100(root: Path | None, _size: int | None, world: World | None = None) -> Images:
+    """As many photographs of a hundred other kinds of things."""
+    from torchvision.datasets import CIFAR100
+    return load_cifar(CIFAR100, "cifar100", "CIFAR-100", root, world)
+
+
+def load_cifar(source: Any, name: str, title: str, root: Path | None, world: World | None) -> Images:
+    """torchvision's `source`, whose files are pickles: their md5 sums are checked before any is opened."""
     given, root = root is not None, root or HERE / "data"
-    folder, archive = root / CIFAR10.base_folder, root / CIFAR10.filename
-    sums = dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
+    folder, archive = root / source.base_folder, root / source.filename
+    sums = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
 
     def fetch() -> None:
-        CIFAR10(str(root), download=True)
+        source(str(root), download=True)
         archive.unlink()
 
-    provide(world, given, "CIFAR-10", 170, folder, lambda: damaged_files(folder, sums), fetch, CIFAR10.base_folder)
-    train, test = (CIFAR10(str(root), train=part) for part in (True, False))
+    provide(world, given, title, 170, folder, lambda: damaged_files(folder, sums), fetch, source.base_folder)
+    train, test = (source(str(root), train=part) for part in (True, False))
     pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
-    return Images("cifar10", pixels[0], torch.tensor(train.targets), pixels[1], torch.tensor(test.targets),
-                  list(train.classes), "CIFAR-10")
+    return Images(name, pixels[0], torch.tensor(train.targets), pixels[1], torch.tensor(test.targets),
+                  list(train.classes), title)
 
 
 def load_digits(root: Path | None, _size: int | None, _world: World | None = None) -> Images:
@@ -482,8 +493,8 @@ def some_rows(images: Tensor, count: int) -> Tensor:
     return torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
 
 
-DATASETS: dict[str, Callable[..., Images]] = {"mnist": load_mnist, "cifar10": load_cifar10, "digits": load_digits,
-                                              "folder": load_folder}
+DATASETS: dict[str, Callable[..., Images]] = {"mnist": load_mnist, "cifar10": load_cifar10,
+                                              "cifar100": load_cifar100, "digits": load_digits, "folder": load_folder}
 
 
 class Draw:
@@ -514,6 +525,9 @@ class ImageNoise:
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
         self.generators = [torch.Generator().manual_seed(seed32(seed, int(i), 1)) for i in indices]
         self.device = device
+
+    def __len__(self) -> int:
+        return len(self.generators)
 
     def normal(self, *shape: int) -> Tensor:
         """[B *shape] from N(0, 1); each call goes on where the last one ended."""
@@ -627,16 +641,26 @@ def pyramid(data: dict, width: int) -> tuple[int, list[int]]:
     return side, [width * 2 ** min(level, 3) for level in reversed(range(levels))] + [data["channels"]]
 
 
-def downward(widths: Sequence[int], norm: Callable[[int], nn.Module], activation: nn.Module) -> nn.Sequential:
+def convolved(channels: int, convs: int, norm: Callable[[int], nn.Module], activation: nn.Module) -> list[nn.Module]:
+    """3x3 convolutions that keep the resolution. On 28 pixels the strided ones alone are too shallow: after one epoch
+    of MNIST, one more at each resolution halves the GAN's FID."""
+    layers = [(nn.Conv2d(channels, channels, 3, padding=1), norm(channels), activation) for _ in range(convs)]
+    return [layer for group in layers for layer in group]
+
+
+def downward(widths: Sequence[int], convs: int, norm: Callable[[int], nn.Module],
+             activation: nn.Module) -> nn.Sequential:
     """Image -> coarsest feature map by 4x4 convolutions of stride 2; no norm after the first ([Radford16])."""
     return nn.Sequential(*(layer for i, (a, b) in enumerate(itertools.pairwise(reversed(widths))) for layer in (
-        nn.Conv2d(a, b, 4, stride=2, padding=1), norm(b) if i else nn.Identity(), activation)))
+        nn.Conv2d(a, b, 4, stride=2, padding=1), norm(b) if i else nn.Identity(), activation,
+        *convolved(b, convs, norm, activation))))
 
 
-def upward(widths: Sequence[int], norm: Callable[[int], nn.Module], activation: nn.Module) -> nn.Sequential:
+def upward(widths: Sequence[int], convs: int, norm: Callable[[int], nn.Module], activation: nn.Module) -> nn.Sequential:
     """Coarsest feature map -> image by 4x4 transposed convolutions of stride 2, each after norm and activation."""
     return nn.Sequential(*(layer for a, b in itertools.pairwise(widths) for layer in (
-        norm(a), activation, nn.ConvTranspose2d(a, b, 4, stride=2, padding=1))))
+        norm(a), activation, *convolved(a, convs, norm, activation),
+        nn.ConvTranspose2d(a, b, 4, stride=2, padding=1))))
 
 
 class Family(nn.Module, abc.ABC):
@@ -648,7 +672,9 @@ class Family(nn.Module, abc.ABC):
     checkpoint_name: str
     results_folder: str
     can_sample = True
+    tasks: tuple[str, ...] = ("sample", "interpolate")  # of --mode infer
     labelled = True  # whether images are drawn for given classes, where the data has any
+    panel_every = 10  # epochs between pictures of samples (always after the first, the fifth and the last)
     descends = True  # whether the loss is to fall: if so, one that explodes stops the run
     measures_held_out = False  # whether `validate` measures the model itself: then on all test images, if not too many
 
@@ -683,7 +709,7 @@ class Family(nn.Module, abc.ABC):
         return []
 
     def sample(self, labels: Tensor | None, noise: ImageNoise) -> Tensor:
-        """Draw images [B C H W] in [-1, 1], one for each generator of `noise`."""
+        """Draw images [B C H W] in [-1, 1], one for each item of `noise`."""
         raise UserError(f"a {type(self).__name__} draws no images: use --model " + " or ".join(
             name for name, family in FAMILIES.items() if family.can_sample))
 
@@ -846,6 +872,7 @@ class DiffusionModel(Family):
     config_class = DiffusionConfig
     checkpoint_name = "diffusion_model.pt"
     results_folder = ""
+    tasks = (*Family.tasks, "denoise")
 
     def __init__(self, config: DiffusionConfig, data: dict) -> None:
         super().__init__(config, data)
@@ -968,12 +995,22 @@ class DiffusionModel(Family):
         return torch.linspace(TIMESTEPS, 1, steps).round().long().unique().flip(0).tolist()
 
     @torch.no_grad()
-    def sample(self, labels: Tensor | None, noise: ImageNoise) -> Tensor:
+    def sample(self, labels: Tensor | None, noise: ImageNoise,
+               watch: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+        """`watch` is told of each look that the sampler takes: t, x_t and the estimate of the image, [B C H W]."""
         times, size = self.sampling_times(), self.data["image_size"]
+        denoise = self.denoiser(labels, len(noise))
+
+        def watched(x: Tensor, t: int) -> Tensor:
+            estimate = denoise(x, t)
+            if watch:
+                watch(t, x, estimate)
+            return estimate
+
         # x_t but for its trace of signal (alpha is about 0.01); on the straight path sigma is 0.988 there, not 1
         x = self.noise_schedule.sigmas[times[0]].item() * noise.normal(self.data["channels"], size, size)
         with self.cast():
-            return SAMPLERS[self.config.sampler](self.denoiser(labels, len(x)), x, times, self.noise_schedule, noise)
+            return SAMPLERS[self.config.sampler](watched, x, times, self.noise_schedule, noise)
 
     def describe_sampling(self) -> dict[str, Any]:
         steps = len(self.sampling_times())
@@ -995,34 +1032,64 @@ class VaeConfig(RunConfig):
     latent_dim: int = option(32, "model", "numbers in the code that an image is made from", number(int, 1, 4096))
     beta: float = option(1.0, "model", "weight of the KL divergence [Higgins17]; 1 is the evidence lower bound",
                          number(float, 0, 1e6))
+    network: str = option("conv", "model", "conv (convolutions) or mlp (fully connected layers, 8 times --width wide, "
+                          "with --convs residual blocks: faster, for small grey images)", choices=("conv", "mlp"))
     width: int = option(64, "model", "channels of the first convolutions, a multiple of 8", number(int, 8, 1024))
+    convs: int = option(1, "model", "3x3 convolutions at each resolution, beside the 4x4 ones that change it",
+                        number(int, 0, 16))
+
+
+class ResidualLinear(nn.Module):
+    """x + f(x) with a hidden layer, for the fully connected VAE."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.first = nn.LayerNorm(width), nn.Linear(width, width)
+        self.second = zeroed(nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(self.norm(x))))
 
 
 class VaeModel(Family):
-    """A convolutional variational autoencoder ([Kingma14]): q(z|x) and p(x|z) are networks, the prior is N(0, 1).
+    """A variational autoencoder ([Kingma14]): q(z|x) and p(x|z) are networks, the prior is N(0, 1).
 
     What it draws is the mean of p(x|z), without the pixel noise of the likelihood."""
     config_class = VaeConfig
     checkpoint_name = "vae_model.pt"
     results_folder = "vae"
+    tasks = (*Family.tasks, "reconstruct", "traverse", "ood", "latent")
     labelled = False
     measures_held_out = True
 
     def __init__(self, config: VaeConfig, data: dict) -> None:
         super().__init__(config, data)
         self.bernoulli = (config.likelihood or ("gaussian", "bernoulli")[data["channels"] == 1]) == "bernoulli"
+        self.pixels = data["channels"] * data["image_size"] ** 2
+        self.encoder, self.decoder = (self._mlp if config.network == "mlp" else self._convolutions)(config, data)
+        self.register_buffer("variance", torch.ones(()))  # of the Gaussian, for data that training does not see
+
+    def _convolutions(self, config: VaeConfig, data: dict) -> tuple[nn.Module, nn.Module]:
         side, widths = pyramid(data, config.width)
-        self.coarse, self.pixels = (widths[0], side, side), data["channels"] * data["image_size"] ** 2
         cells = widths[0] * side * side
 
         def norm(channels: int) -> nn.Module:
             return nn.GroupNorm(math.gcd(8, channels), channels)
 
-        self.encoder = nn.Sequential(downward(widths, norm, nn.SiLU()), nn.Flatten(),
-                                     nn.Linear(cells, 2 * config.latent_dim))
-        self.decoder = nn.Sequential(nn.Linear(config.latent_dim, cells), nn.Unflatten(1, self.coarse),
-                                     upward(widths, norm, nn.SiLU()))
-        self.register_buffer("variance", torch.ones(()))  # of the Gaussian, for data that training does not see
+        return (nn.Sequential(downward(widths, config.convs, norm, nn.SiLU()), nn.Flatten(),
+                              nn.Linear(cells, 2 * config.latent_dim)),
+                nn.Sequential(nn.Linear(config.latent_dim, cells), nn.Unflatten(1, (widths[0], side, side)),
+                              upward(widths, config.convs, norm, nn.SiLU())))
+
+    def _mlp(self, config: VaeConfig, data: dict) -> tuple[nn.Module, nn.Module]:
+        width, size = 8 * config.width, data["image_size"]
+
+        def layers(inputs: int, outputs: int) -> list[nn.Module]:
+            return [nn.Linear(inputs, width), *(ResidualLinear(width) for _ in range(config.convs)),
+                    nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, outputs)]
+
+        return (nn.Sequential(nn.Flatten(), *layers(self.pixels, 2 * config.latent_dim)),
+                nn.Sequential(*layers(config.latent_dim, self.pixels), nn.Unflatten(1, (data["channels"], size, size))))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B C H W] in [-1, 1] -> mean and log variance of q(z|x), [B D] each"""
@@ -1089,19 +1156,38 @@ class VaeModel(Family):
 # === GAN ===
 
 
+GAN_RECIPES = {  # what suits each loss, where the user does not say
+    "dcgan": {"learning_rate": 1e-3, "adam_beta1": 0.5, "adam_beta2": 0.999, "penalty": 0.0},
+    "relativistic": {"learning_rate": 5e-4, "adam_beta1": 0.0, "adam_beta2": 0.99, "penalty": 0.1},
+}
+
+
 @dataclass(frozen=True)
 class GanConfig(RunConfig):
-    learning_rate: float = option(1e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
+    learning_rate: float | None = option(None, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
     weight_decay: float = option(0.0, "optimisation", "of AdamW", number(float, 0))
-    adam_beta1: float = option(0.5, "optimisation", "AdamW's memory of gradients", number(float, 0, 0.9999))
-    adam_beta2: float = option(0.999, "optimisation", "AdamW's memory of squared gradients", number(float, 0, 0.999999))
+    adam_beta1: float | None = option(None, "optimisation", "AdamW's memory of gradients", number(float, 0, 0.9999))
+    adam_beta2: float | None = option(None, "optimisation", "AdamW's memory of squared gradients",
+                                      number(float, 0, 0.999999))
     grad_clip: float = option(10.0, "optimisation", "largest norm of a gradient", number(float, 0, open_low=True))
-    gan_loss: str = option("dcgan", "model", "dcgan (non-saturating, batch norm [Radford16]) or relativistic (pairs of "
-                           "real and drawn, penalties instead of norms [Huang24])", choices=("dcgan", "relativistic"))
-    conditional: bool = option(False, "model", "show the class to both networks, so that --label works")
-    penalty: float = option(1.0, "model", "weight of the relativistic loss's gradient penalties", number(float, 0, 1e6))
+    gan_loss: str = option("dcgan", "model", "dcgan (non-saturating [Radford16]) or relativistic (pairs of real and "
+                           "drawn, penalties instead of norms in the discriminator [Huang24])",
+                           choices=tuple(GAN_RECIPES))
+    conditional: bool = option(True, "model", "show the class, where the data has classes, to both networks: better by "
+                               "far, and --label works")
+    penalty: float | None = option(None, "model", "weight of the relativistic loss's gradient penalties (default 0.1)",
+                                   number(float, 0, 1e6))
     latent_dim: int = option(100, "model", "numbers in the code that an image is made from", number(int, 1, 4096))
     width: int = option(64, "model", "channels of the first convolutions, a multiple of 8", number(int, 8, 1024))
+    convs: int = option(1, "model", "3x3 convolutions at each resolution, beside the 4x4 ones that change it",
+                        number(int, 0, 16))
+
+    def __post_init__(self) -> None:
+        if self.gan_loss == "dcgan" and self.penalty:
+            raise UserError("--penalty belongs to --gan_loss relativistic, not to dcgan", 2)
+        for name, value in GAN_RECIPES[self.gan_loss].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the way to set a field of a frozen dataclass while it is made
 
 
 class Generator(nn.Module):
@@ -1111,10 +1197,9 @@ class Generator(nn.Module):
         super().__init__()
         side, widths = pyramid(data, config.width)
         self.classes = classes
-        norm, activation = (BatchNorm, nn.ReLU()) if config.gan_loss == "dcgan" else (nn.Identity, nn.LeakyReLU(0.2))
         self.enter = nn.Linear(config.latent_dim + classes, widths[0] * side * side)
         self.body = nn.Sequential(nn.Unflatten(1, (widths[0], side, side)),
-                                  upward(widths, norm, activation))
+                                  upward(widths, config.convs, BatchNorm, nn.ReLU()))
 
     def forward(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         """[B D], labels [B] where there are classes -> images in (-1, 1)"""
@@ -1130,9 +1215,11 @@ class Discriminator(nn.Module):
         super().__init__()
         side, widths = pyramid(data, config.width)
         norm = BatchNorm if config.gan_loss == "dcgan" else nn.Identity
-        self.body = nn.Sequential(downward(widths, norm, nn.LeakyReLU(0.2)), nn.Flatten())
+        self.body = nn.Sequential(downward(widths, config.convs, norm, nn.LeakyReLU(0.2)), nn.Flatten())
         self.head = nn.Linear(widths[0] * side * side, 1)
         self.label = nn.Embedding(classes, widths[0] * side * side) if classes else None
+        if classes:
+            nn.init.zeros_(self.label.weight)  # its usual N(0, 1), summed over thousands of features, drowns the rest
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """[B C H W] -> [B]"""
@@ -1152,13 +1239,12 @@ class GanModel(Family):
     config_class = GanConfig
     checkpoint_name = "gan_model.pt"
     results_folder = "gan"
+    panel_every = 5
     descends = False  # what one player wins the other loses: the sum need not fall
 
     def __init__(self, config: GanConfig, data: dict) -> None:
         super().__init__(config, data)
-        self.labelled = config.conditional and len(data["classes"]) > 1
-        if config.conditional and not self.labelled:
-            raise UserError(f"--conditional needs two or more classes, {data['title']} has one: use sub-folders", 2)
+        self.labelled = self.labelled and config.conditional
         classes = len(data["classes"]) if self.labelled else 0
         self.generator, self.discriminator = (kind(config, data, classes) for kind in (Generator, Discriminator))
         self.paired = config.gan_loss == "relativistic"
@@ -1221,7 +1307,7 @@ class GanModel(Family):
                          "lower --learning_rate or --gan_loss relativistic")
         if figures.get("class_share_min", 1) < 0.1 / len(self.data["classes"]):
             found.append("classes vanish from what is drawn (class_share_min in metrics.jsonl): try another --seed, a "
-                         "lower --learning_rate, --gan_loss relativistic or --conditional")
+                         "lower --learning_rate or --gan_loss relativistic")
         return found
 
     @torch.no_grad()
@@ -1253,6 +1339,7 @@ class Classifier(Family):
     checkpoint_name = "classifier_{dataset}.pt"
     results_folder = "classifier"
     can_sample = False
+    tasks = ()
     measures_held_out = True
 
     def __init__(self, config: ClassifierConfig, data: dict) -> None:
@@ -1309,6 +1396,7 @@ INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.
                  "weights-inception-2015-12-05-6726825d.pth")  # the hash in the name is checked after the download
 ALONE = {"sync_on_compute": False}  # rank 0 measures alone: torchmetrics must not wait there for the other processes
 NEIGHBOURS = 3  # k of precision and recall, as in [Kynk19]
+CLASS_FIGURES = ("class_share_min", "class_share_max", "classes_covered", "class_balance")
 
 
 class Features(NamedTuple):
@@ -1485,6 +1573,8 @@ def measure(estimate: Features, reference: Features, net: FeatureNet, asked: Ten
     if net.names_classes:
         shares = torch.bincount(predicted, minlength=estimate.logits.shape[1]) / len(predicted)
         values["class_share_min"], values["class_share_max"] = shares.min().item(), shares.max().item()
+        values["classes_covered"] = (shares * len(shares) >= 0.1).sum().item()  # at least a tenth of an equal share
+        values["class_balance"] = (torch.special.entr(shares).sum() / math.log(len(shares))).item()
     if quick:
         return finite(values, reasons), reasons
     if net.names_classes:
@@ -1492,7 +1582,7 @@ def measure(estimate: Features, reference: Features, net: FeatureNet, asked: Ten
         if asked is None:
             reasons["label_agreement"] = "the images were not drawn for given labels"
     else:
-        for key in ("class_share_min", "class_share_max", "label_agreement"):
+        for key in (*CLASS_FIGURES, "label_agreement"):
             values[key], reasons[key] = None, f"the classes of {name} are not those of the data"
     return finite(values, reasons), reasons
 
@@ -1909,17 +1999,19 @@ def title_of(model: Family, *more: str) -> str:
 def draw_curves(trainer: Trainer) -> None:
     """training_loss.png and, for families that draw images, epoch_comparisons/metrics_comparison.png."""
     history, model, results = trainer.history, trainer.model, trainer.results
-    epochs = [r for r in history if "epoch" in r]
-    curves = {f"training, per {LOG_EVERY} steps": [(r["step"] / trainer.steps_per_epoch, r["loss"])
-                                                   for r in history if "epoch" not in r]}
+    epochs, steps = ([r for r in history if ("epoch" in r) is kind] for kind in (True, False))
+    players = [name for name in trainer.stat_names if name.endswith("_loss")]  # their sum would say nothing
+    names = {name: name for name in players} or {"loss": "training"}
+    curves = {f"{title}, per {LOG_EVERY} steps": [(r["step"] / trainer.steps_per_epoch, r[name]) for r in steps]
+              for name, title in names.items()}
     if "val_loss" in epochs[0]:
         curves["held out, averaged weights"] = [(r["epoch"], r["val_loss"]) for r in epochs]
-    for name in (key for key in trainer.stat_names if key.endswith("_loss")):  # of each player
-        curves[name] = [(r["step"] / trainer.steps_per_epoch, r[name]) for r in history if "epoch" not in r]
-    plot(results / "training_loss.png", title_of(model, "loss"), [("loss", curves, "log")], "epoch")
+    scale = "log" if model.descends else "linear"
+    plot(results / "training_loss.png", title_of(model, "loss"), [("loss", curves, scale)], "epoch")
     if not model.can_sample:
         return
-    panels = [("loss", {"training, epoch mean": [(r["epoch"], r["loss"]) for r in epochs]}, "linear")]
+    panels = [("loss", {f"{title}, epoch mean": [(r["epoch"], r[name]) for r in epochs] for name, title in
+                        names.items()}, "linear")]
     for prefix, scale in (("fid_", "log"), ("is_", "linear")):
         for name in sorted({k for r in epochs for k in r if k.startswith(prefix) and not k.endswith("_std")}):
             curves = {label: [(r["epoch"], r[k]) for r in epochs if r.get(k) is not None]
@@ -1933,12 +2025,18 @@ def draw_curves(trainer: Trainer) -> None:
 # === command line ===
 
 GROUPS = {"run": "run", "data": "data", "optimisation": "optimisation (training)", "model": "architecture (training)",
-          "sampling": "sampling", "evaluation": "evaluation"}
+          "sampling": "sampling", "exploring": "exploring (--mode infer --task ...)", "evaluation": "evaluation"}
 MODES = ("train", "infer", "evaluate")
-GROUP_MODES = {"optimisation": ("train",), "model": ("train",), "evaluation": ("train", "evaluate")}  # others: all
+GROUP_MODES = {"optimisation": ("train",), "model": ("train",), "exploring": ("infer",),
+               "evaluation": ("train", "evaluate")}  # others: all
+TASKS = ("sample", "reconstruct", "interpolate", "traverse", "denoise", "ood", "latent")
 FLAG_MODES = {"output_dir": ("infer",), "export": ("infer",), "label": ("train", "infer"), "resume": ("train",),
               "num_samples": ("train", "infer"), "prepare_data": ("train",), "compile": ("train",),
-              "data_root": ("train", "evaluate")}
+              "compare": ("evaluate",)}
+TASK_FLAGS = {"output_dir": ("sample",), "export": ("sample",), "sample_batch": ("sample",), "label": TASKS[:5],
+              "frames": TASKS[2:5], "input": TASKS[1:4], "ood_dataset": ("ood",), "ood_root": ("ood",),
+              **dict.fromkeys(("num_samples", "seed"), tuple(task for task in TASKS if task != "traverse")),
+              "data_root": tuple(task for task in TASKS if task not in ("sample", "denoise"))}  # others: all
 CONFIG_FIELDS = {family: {f.name: f for f in dataclasses.fields(cls.config_class)} for family, cls in FAMILIES.items()}
 
 
@@ -1967,7 +2065,8 @@ def build_parser() -> Parser:
         parser.group_of[name] = group
 
     flag("run", "mode", "train, infer (draw images) or evaluate (default train)", choices=MODES)
-    flag("run", "model", "family (default diffusion; afterwards the checkpoint says)", choices=tuple(FAMILIES))
+    flag("run", "model", "family (default diffusion, or the first that can do the --task; the checkpoint says)",
+         choices=tuple(FAMILIES))
     flag("run", "checkpoint", "file to write or read (default models/diffusion_model.pt beside this script; infer and "
          "evaluate take the shipped weights when it does not exist yet)", type=Path)
     flag("run", "results_dir", "folder for pictures and records (default results/ beside this script)", type=Path)
@@ -1987,17 +2086,36 @@ def build_parser() -> Parser:
          action="store_true")
     for name in dict.fromkeys(name for fields in CONFIG_FIELDS.values() for name in fields):
         uses = [(family, fields[name]) for family, fields in CONFIG_FIELDS.items() if name in fields]
-        meta, defaults = uses[0][1].metadata, [f"{f.default} for {family}" for family, f in uses]
+        meta = uses[0][1].metadata
+        defaults = [f"{f.default} for {family}" for family, f in uses if f.default is not None]
         if all(f.default == uses[0][1].default for _, f in uses):
             defaults = [str(uses[0][1].default)] + [f"for {uses[0][0]}"] * (len(uses) == 1 < len(FAMILIES))
         text = meta["help"] + ("" if uses[0][1].default is None else f" (default {', '.join(defaults)})")
-        flag(meta["group"], name, text, **({"action": "store_true"} if uses[0][1].default is False else
+        flag(meta["group"], name, text, **({"action": argparse.BooleanOptionalAction} if uses[0][1].default is True else
                                            {"type": meta["type"], "choices": meta["choices"]}))
-    flag("sampling", "num_samples", "images to draw (default 16)", type=number(int, 1, sys.maxsize))
+    flag("sampling", "num_samples", "images to draw or, with a --task, to look at (default 16; interpolate 5 pairs, "
+         "denoise 3, latent 3000, ood 10000)", type=number(int, 1, sys.maxsize))
     flag("sampling", "sample_batch", "images drawn at once, bounds the memory (default 250)", type=number(int, 1))
-    flag("sampling", "label", "classes to draw, in turn, e.g. 7 or 0,1,2 (default all)")
+    flag("sampling", "label", "classes to draw or to look at, in turn, e.g. 7 or 0,1,2 (default all)")
     flag("sampling", "output_dir", "also save each image as a PNG file of its own here", type=Path)
     flag("sampling", "export", "also write the averaged weights alone, in half precision, to this file", type=Path)
+    add_looking_flags(flag)
+    return parser
+
+
+def add_looking_flags(flag: Callable[..., None]) -> None:
+    """The flags of --task and of measuring."""
+    flag("exploring", "task", "sample, interpolate (all), denoise (diffusion), reconstruct, traverse, ood or latent "
+         "(VAE); default sample", choices=TASKS)
+    flag("exploring", "input", "image files to start from instead of held-out images: reconstruct any number, "
+         "interpolate two, traverse one", type=Path, nargs="+", metavar="FILE")
+    flag("exploring", "frames", "pictures from one end to the other (default 12, traverse 13)",
+         type=number(int, 2, 100))
+    flag("exploring", "ood_dataset", "dataset of foreign images (default cifar100 for colour, folder with --ood_root)",
+         choices=tuple(DATASETS))
+    flag("exploring", "ood_root", "folder with foreign images: pictures, or files in MNIST's format", type=Path)
+    flag("evaluation", "compare", "checkpoints to measure and to draw side by side", type=Path, nargs="+",
+         metavar="FILE")
     flag("evaluation", "eval_samples", "images to measure (default: evaluate 10000 or the size of the test set, train "
          "400 between epochs)", type=number(int, 2))
     flag("evaluation", "fid_features", "feature net: cnn (our classifier for the dataset) or inception (default auto: "
@@ -2005,13 +2123,18 @@ def build_parser() -> Parser:
     flag("evaluation", "inception_weights", "file with the Inception weights, for offline machines", type=Path)
     flag("evaluation", "classifier", "checkpoint of --model classifier for the metrics (default: the one in models/, "
          "else the shipped one for the dataset)", type=Path)
-    return parser
 
 
 def check_flags(given: dict[str, Any], family_key: str | None) -> None:
     """A flag that would do nothing is a usage error, not ignored."""
-    mode, group_of = given["mode"], build_parser().group_of
+    mode, group_of, task = given["mode"], build_parser().group_of, given.get("task", "sample")
+    if family_key is not None and task not in (possible := FAMILIES[family_key].tasks) and "task" in given:
+        able = [key for key, family in FAMILIES.items() if task in family.tasks]
+        raise UserError(f"--task {task} can't be done by --model {family_key}, only by {' or '.join(able)}"
+                        + (f"; {family_key} can {', '.join(possible)}" if possible else ""), 2)
     for name in given:
+        if mode == "infer" and task not in (tasks := TASK_FLAGS.get(name, TASKS)):
+            raise UserError(f"--{name} has no effect with --task {task}, only with --task {' or '.join(tasks)}", 2)
         modes = FLAG_MODES.get(name) or GROUP_MODES.get(group_of[name], MODES)
         if mode not in modes:
             raise UserError(f"--{name} has no effect with --mode {mode}, only with --mode {' or '.join(modes)}"
@@ -2147,7 +2270,7 @@ def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> in
             grid_image(drawn, results / name, title_of(model, *title), names)
 
     def on_epoch(epoch: int) -> None:
-        milestone = epoch in (1, 5, config.epochs) or epoch % 10 == 0
+        milestone = epoch in (1, 5, config.epochs) or epoch % model.panel_every == 0
         if model.can_sample and milestone:
             draw(f"epoch_comparisons/samples_epoch_{epoch:03d}.png", f"epoch {epoch}")
         if world.main and (milestone or epoch < 20):  # an epoch of a small dataset is shorter than drawing a chart
@@ -2208,7 +2331,8 @@ def sampling_title(model: Family) -> str:
 def open_model(given: dict[str, Any], world: World, precision: torch.dtype) -> tuple[Family, dict, Path, Path]:
     """(model, its checkpoint's content and path, results folder). Without --checkpoint and before any training: the
     shipped weights. A checkpoint that is named and missing is an error."""
-    key, dataset = given.get("model", next(iter(FAMILIES))), given.get("dataset", "mnist")
+    able = next(name for name, family in FAMILIES.items() if given.get("task", "sample") in family.tasks)
+    key, dataset = given.get("model", able), given.get("dataset", "mnist")
     path = default_paths(given, FAMILIES[key], dataset)[0]
     if "checkpoint" not in given and not path.exists():
         path = HERE / "pretrained" / f"{key}_{dataset}.pt"
@@ -2234,6 +2358,8 @@ def run_infer(given: dict[str, Any], world: World, precision: torch.dtype) -> in
     if world.size > 1:
         raise UserError("--mode infer runs in one process: start it without torchrun", 2)
     model, state, path, results = open_model(given, world, precision)
+    if given.get("task", "sample") != "sample":
+        return explorer().run(given, model, state, path, results)
     count, batch, output = given.get("num_samples", 16), given.get("sample_batch", 250), given.get("output_dir")
     labels, names = pick_labels(given, model)
     if "export" in given and given["export"].exists() and given["export"].samefile(path):
@@ -2270,26 +2396,76 @@ def export_state(model: Family, state: dict) -> dict:
             "history": [r for r in state["history"] if "epoch" in r][-1:], "made": state["made"]}
 
 
+def explorer() -> Any:
+    """The sibling script explore.py, which holds what only looks at trained models. It imports this one."""
+    import importlib.util
+    path = HERE / "explore.py"
+    if not path.exists():
+        raise UserError(f"this needs {path}, which belongs beside this script: copy it there")
+    sys.modules["image_gen"] = sys.modules[__name__]  # also when this one runs as __main__
+    spec = importlib.util.spec_from_file_location("explore", path)
+    sys.modules["explore"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["explore"])
+    return sys.modules["explore"]
+
+
 def run_evaluate(given: dict[str, Any], world: World, precision: torch.dtype) -> int:
     """--mode evaluate: every metric with its floor (real training images in the place of the model's)."""
+    if "compare" in given:
+        return explorer().compare(given, world, precision)
     model, state, path, results = open_model(given, world, precision)
-    data = model.data
-    images = DATASETS[data["dataset"]](given.get("data_root"), data["image_size"], world)
-    same_data(state, path, images)
-    started = time.perf_counter()
-    report = {"model": family_name(model), "checkpoint": str(path), "checkpoint_sha256": file_digest(path),
-              "parameters": sum(p.numel() for p in model.parameters()), "dataset": data["title"],
-              "seed": model.config.seed, "device": str(world.device),
-              "precision": str(precision).removeprefix("torch.")} | model.describe_sampling()
-    report |= evaluate_samples(given, model, images, world) if model.can_sample else {"metrics": {}}
-    if model.measures_held_out:
-        figures = held_out(model, images, len(images.test), world.device)
-        report["metrics"] |= {k: {"value": v, "n": len(images.test), "reference": "test"} for k, v in figures.items()}
-    report |= {"seconds": round(time.perf_counter() - started, 1), "machine": provenance()}
+    report = evaluate_model(given, model, state, path, load_test_data(given, model, state, path, world), world)
     if world.main:
         write_json(results / "evaluation.json", report)
         print_report(report, results / "evaluation.json")
     return 0
+
+
+def load_test_data(given: dict[str, Any], model: Family, state: dict, path: Path, world: World | None) -> Images:
+    images = DATASETS[model.data["dataset"]](given.get("data_root"), model.data["image_size"], world)
+    same_data(state, path, images)
+    return images
+
+
+def evaluate_model(given: dict[str, Any], model: Family, state: dict, path: Path, images: Images,
+                   world: World) -> dict[str, Any]:
+    """All that can be measured of a model; on all processes, but only the main one's result is complete."""
+    started = time.perf_counter()
+    report = {"model": family_name(model), "checkpoint": str(path), "checkpoint_sha256": file_digest(path),
+              "parameters": sum(p.numel() for p in model.parameters()),
+              "training_seconds": state.get("seconds", next(
+                  (r["seconds"] for r in reversed(state["history"]) if "seconds" in r), None)),
+              "training_made": state["made"], "dataset": model.data["title"],
+              "seed": model.config.seed, "device": str(world.device),
+              "precision": str(model.precision).removeprefix("torch.")} | model.describe_sampling()
+    if model.can_sample:
+        report |= evaluate_samples(given, model, images, world)
+        report |= drawing_speed(model, world) if world.main else {}
+    else:
+        report["metrics"] = {}
+    if model.measures_held_out:
+        figures = held_out(model, images, len(images.test), world.device)
+        report["metrics"] |= {k: {"value": v, "n": len(images.test), "reference": "test"} for k, v in figures.items()}
+    return report | {"seconds": round(time.perf_counter() - started, 1), "machine": provenance()}
+
+
+def drawing_speed(model: Family, world: World) -> dict[str, Any]:
+    """Milliseconds per image in batches of one and of the size that does best: medians of about a second's work for
+    each size, up to the first that takes more than five."""
+    found: dict[int, float] = {}
+    for size in (1, 8, 64, 256):
+        labels, times = proportional_labels(model.data, size, model.labelled), []
+        while not times or (len(times) < 100 and sum(times) < (1 if len(times) > 1 else 5)):
+            started = time.perf_counter()
+            noise = ImageNoise(0, range(size), world.device)
+            to_uint8(model.sample(None if labels is None else labels.to(world.device), noise)).cpu()
+            times.append(time.perf_counter() - started)
+        found[size] = 1000 / size * float(np.median(times[1:] or times))  # the first one warms up
+        if sum(times) > 5:
+            break
+    best = min(found, key=found.__getitem__)
+    return {"ms_per_image_at_batch_1": round(found[1], 4), "ms_per_image_at_best_batch": round(found[best], 4),
+            "best_batch": best}
 
 
 def evaluate_samples(given: dict[str, Any], model: Family, images: Images, world: World) -> dict[str, Any]:
@@ -2328,6 +2504,10 @@ def evaluate_samples(given: dict[str, Any], model: Family, images: Images, world
 def print_report(report: dict[str, Any], path: Path) -> None:
     how = [f"{k} {report[k]}" for k in ("sampler", "steps", "guidance", "num_samples") if k in report]
     print(f"{report['model']} on {report['dataset']}: {', '.join([*how, 'seed ' + str(report['seed'])])}")
+    minutes = "unknown" if report["training_seconds"] is None else f"{report['training_seconds'] / 60:.1f} minutes"
+    alone, best = (report.get(f"ms_per_image_at_{key}", 0) for key in ("batch_1", "best_batch"))
+    print(f"{report['parameters'] / 1e6:.2f} M parameters, trained for {minutes}" + (
+        f"; {alone:.3g} ms for one image, {best:.3g} ms each in batches of {report['best_batch']}" if best else ""))
     print(f"{'metric':34}{'value':>12}{'real data':>12}")
     for key, entry in report["metrics"].items():
         cells = "".join(f"{'-' if entry.get(k) is None else format(entry[k], '.4f'):>12}" for k in ("value", "floor"))

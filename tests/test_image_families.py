@@ -36,6 +36,7 @@ from test_image_gen import (  # noqa: F401 (fixtures are taken by name)
     free_port,
     ig,
     make_batch,
+    noisy_weights,
     ok,
     pixels,
     place,
@@ -50,8 +51,8 @@ from torch import distributions, nn
 
 CPU = torch.device("cpu")
 DIGITS = (*COMMON, "--dataset", "digits", "--num_samples", "4", "--epochs", "2", "--save_every", "5", "--width", "8")
-RUNS = {"vae": ("--model", "vae", "--likelihood", "gaussian"), "gan": ("--model", "gan"),
-        "paired": ("--model", "gan", "--gan_loss", "relativistic", "--conditional")}
+RUNS = {"vae": ("--model", "vae", "--likelihood", "gaussian"), "gan": ("--model", "gan", "--no-conditional"),
+        "paired": ("--model", "gan", "--gan_loss", "relativistic")}
 FAKE_INFO = INFO | {"image_size": 4, "classes": ["one"], "class_counts": [100]}
 
 
@@ -241,6 +242,53 @@ def test_generator_sees_the_discriminator_after_its_step(loss):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("loss", ["dcgan", "relativistic"])
+def test_recipe_follows_the_loss_and_yields_to_the_user(loss):
+    config = ig.GanConfig(gan_loss=loss)
+    assert {name: getattr(config, name) for name in ig.GAN_RECIPES[loss]} == ig.GAN_RECIPES[loss]
+    assert all(value is not None for value in ig.dataclasses.asdict(config).values())
+    config = ig.GanConfig(gan_loss=loss, learning_rate=0.03, adam_beta1=0.0, adam_beta2=0.7)
+    assert (config.learning_rate, config.adam_beta1, config.adam_beta2) == (0.03, 0.0, 0.7)
+    again = ig.dataclasses.replace(config, epochs=3)  # what --resume does with the options of a checkpoint
+    assert again == ig.GanConfig(**ig.dataclasses.asdict(config) | {"epochs": 3})
+
+
+def test_recipe_reaches_the_optimizers_and_the_checkpoint():
+    ok(*RUNS["paired"], *DIGITS, "--epochs", 1, "--adam_beta2", 0.98)
+    state, recipe = read("model.pt"), ig.GAN_RECIPES["relativistic"]
+    assert state["config"]["learning_rate"] == recipe["learning_rate"]
+    assert state["config"]["penalty"] == recipe["penalty"]
+    for player in ("discriminator", "generator"):
+        assert tuple(state["optimizers"][player]["param_groups"][0]["betas"]) == (recipe["adam_beta1"], 0.98)
+
+
+@pytest.mark.parametrize("loss, judged", [("dcgan", True), ("relativistic", False)])
+def test_batch_norm_stands_in_every_generator_and_not_in_the_relativistic_discriminator(loss, judged):
+    model = build("gan", FAKE_INFO | {"image_size": 16}, gan_loss=loss)
+    found = [any(isinstance(layer, ig.BatchNorm) for layer in net.modules())
+             for net in (model.generator, model.discriminator)]
+    assert found == [True, judged]
+
+
+def test_discriminator_starts_without_an_opinion_on_classes():
+    model = build("gan", INFO).train()
+    x = torch.rand(6, 1, 8, 8)
+    one, two = (model.discriminator(x, torch.full((6,), k)) for k in (0, 7))
+    assert torch.equal(one, two)
+    noisy_weights(model)
+    assert not torch.equal(*(model.discriminator(x, torch.full((6,), k)) for k in (0, 7)))
+
+
+@pytest.mark.parametrize("family", ["vae", "gan"])
+def test_convs_are_added_at_each_resolution(family):
+    def count(convs):
+        model = build(family, FAKE_INFO | {"image_size": 16}, convs=convs)
+        assert model.sample(None, ig.ImageNoise(0, range(2), CPU)).shape == (2, 1, 16, 16)
+        return sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules())
+
+    assert [count(convs) for convs in (0, 1, 2)] == [0, 4, 8]  # two resolutions on the way down and two on the way up
+
+
 def test_batch_norm_is_that_of_pytorch():
     torch.manual_seed(0)
     ours, theirs = ig.BatchNorm(3), nn.BatchNorm2d(3)
@@ -299,7 +347,8 @@ def test_statistics_are_logged_with_the_loss_and_summed_up_by_epoch(run):
             assert epoch[f"{name}_std"] >= 0
         if flags[1] == "gan":
             assert all(0 < epoch[name] < 1 for name in ("d_real", "d_fake"))
-            assert epoch["loss"] == pytest.approx(epoch["d_loss"] + epoch["g_loss"] + epoch.get("penalty", 0), rel=1e-4)
+            penalty = ig.GAN_RECIPES["relativistic"]["penalty"] * epoch.get("penalty", 0)
+            assert epoch["loss"] == pytest.approx(epoch["d_loss"] + epoch["g_loss"] + penalty, rel=1e-4)
 
 
 def test_deviation_of_a_statistic_is_that_over_the_steps(monkeypatch):
@@ -358,12 +407,15 @@ def test_evaluation_has_the_likelihood_of_families_that_know_it(run, place, clas
     metrics = ig.json.loads(Path("results/evaluation.json").read_text())["metrics"]
     assert ("val_elbo" in metrics) == (flags[1] == "vae")
     assert {"fid_digits_cnn", "class_share_min", "near_copies"} <= metrics.keys()
-    assert (metrics["label_agreement"]["value"] is None) == ("--conditional" not in flags)
+    assert (metrics["label_agreement"]["value"] is None) == (flags != RUNS["paired"])
 
 
 @pytest.mark.parametrize("flags, code, word", [
     (("--model", "gan", "--beta", "2"), 2, "vae"), (("--model", "vae", "--gan_loss", "dcgan"), 2, "gan"),
-    (("--model", "gan", "--label", "7"), 2, "without labels"), (("--model", "vae", "--conditional"), 2, "gan"),
+    (("--model", "gan", "--no-conditional", "--label", "7"), 2, "without labels"),
+    (("--model", "vae", "--conditional"), 2, "gan"), (("--model", "gan", "--penalty", "1"), 2, "relativistic"),
+    (("--model", "gan", "--network", "mlp"), 2, "vae"), (("--model", "diffusion", "--convs", "2"), 2, "vae or gan"),
+    (("--model", "vae", "--network", "rnn"), 2, "mlp"), (("--model", "gan", "--convs", "-1"), 2, "--convs"),
     (("--model", "vae", "--label", "7"), 2, "without labels"), (("--model", "gan", "--gan_loss", "wasserstein"), 2, ""),
     (("--model", "vae", "--latent_dim", "0"), 2, "--latent_dim"), (("--model", "vae", "--beta", "-1"), 2, "--beta"),
     (("--model", "gan", "--adam_beta1", "1"), 2, "--adam_beta1"), (("--model", "gan", "--penalty", "nan"), 2, ""),
@@ -377,20 +429,23 @@ def test_wrong_flag_is_a_usage_error(flags, code, word, monkeypatch):
 def test_conditional_gan_draws_the_labels_that_are_asked(run, place):
     flags, folder = run
     shutil.copy(folder / "model.pt", place)
-    if "--conditional" not in flags:
+    if flags != RUNS["paired"]:
         return assert_error(call(*INFER, "--label", 3), 2, "without labels")
     ok(*INFER, "--label", 3, "--output_dir", "out", "--num_samples", 2)
     assert sorted(p.name for p in Path("out").iterdir()) == ["00000_label3.png", "00001_label3.png"]
     assert_error(call(*INFER, "--conditional"), 2, "--mode train")
 
 
-def test_condition_needs_classes(folders, place):
+def test_gan_of_pictures_without_classes_does_without_labels(folders, place):
     Path("plain").mkdir()
     for path in (folders["grey"] / "disc").iterdir():
         shutil.copy(path, "plain")
-    data = ("--dataset", "folder", "--data_root", "plain", "--image_size", 8, *COMMON, "--model", "gan", "--width", 8)
-    assert_error(call(*data, "--conditional"), 2, "sub-folders")
-    ok(*data, "--epochs", 1, "--num_samples", 2)
+    ok("--dataset", "folder", "--data_root", "plain", "--image_size", 8, *COMMON, "--model", "gan", "--width", 8,
+       "--epochs", 1, "--num_samples", 2)
+    assert not any("discriminator.label" in name for name in read("model.pt")["ema"])
+    assert_error(call(*INFER, "--label", 1), 2, "without labels")
+    ok(*INFER, "--output_dir", "out", "--num_samples", 2)
+    assert sorted(p.name for p in Path("out").iterdir()) == ["00000.png", "00001.png"]
 
 
 # === accidents ===
@@ -503,6 +558,28 @@ def tiny_cifar(monkeypatch):
 
 
 @pytest.fixture
+def tiny_cifar100(monkeypatch, place):
+    """A folder with cifar-100-python/, whose files torchvision takes for the real ones, and what they hold."""
+    from torchvision.datasets import CIFAR100
+    rng = np.random.default_rng(1)
+    content = {name: {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8),
+                      "fine_labels": [7 * i % 100 for i in range(count)], "coarse_labels": [0] * count}
+               for name, count in (("train", 30), ("test", 20))}
+    content["meta"] = {"fine_label_names": [f"kind{i}" for i in range(100)]}
+    folder = place / "pictures" / CIFAR100.base_folder
+    folder.mkdir(parents=True)
+    sums = {}
+    for name, value in content.items():
+        (folder / name).write_bytes(pickle.dumps(value))
+        sums[name] = hashlib.md5(pickle.dumps(value)).hexdigest()
+    for part in ("train", "test"):
+        monkeypatch.setattr(CIFAR100, f"{part}_list", [[part, sums[part]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"]})
+    monkeypatch.setattr(ig.time, "sleep", lambda seconds: None)
+    return folder.parent, content
+
+
+@pytest.fixture
 def cifar_server(tiny_cifar, monkeypatch):
     """A web server of this machine; `answers` are bodies for the next requests, then the whole archive."""
     from torchvision.datasets import CIFAR10
@@ -549,6 +626,19 @@ def test_cifar10_is_downloaded_once(cifar_server, place):
     assert np.array_equal(images.test.flatten(1).numpy(), content["data"])
 
 
+def test_cifar100_is_read_from_its_own_files(tiny_cifar100, place):
+    folder, content = tiny_cifar100
+    images = ig.DATASETS["cifar100"](folder, None)
+    assert (images.info()["dataset"], images.title, len(images.classes)) == ("cifar100", "CIFAR-100", 100)
+    assert images.train.shape == (30, 3, 32, 32) and images.test.shape == (20, 3, 32, 32)
+    assert np.array_equal(images.test.flatten(1).numpy(), content["test"]["data"])
+    assert images.train_labels.tolist() == content["train"]["fine_labels"]  # a hundred kinds, not the twenty groups
+    assert "30 training and 20 test images" in ok("--prepare_data", "--dataset", "cifar100", "--data_root", folder).out
+    (folder / "cifar-100-python" / "train").write_bytes(b"damaged")
+    assert_error(call("--prepare_data", "--dataset", "cifar100", "--data_root", folder), 1, "train", "md5")
+    assert_error(call("--prepare_data", "--dataset", "cifar100"), 3, "CIFAR-100", "--data_root")
+
+
 def test_cifar10_that_can_not_be_reached_is_status_3(tiny_cifar):
     assert_error(call("--prepare_data", "--dataset", "cifar10"), 3, "CIFAR-10", "--data_root")
 
@@ -562,7 +652,8 @@ def test_damaged_file_of_the_user_is_an_error_and_stays(tiny_cifar, place):
 
 
 @pytest.mark.parametrize("family, size", [("diffusion", ("--channels", 16, "--blocks", 1, "--steps", 2)),
-                                          ("vae", ("--width", 8)), ("gan", ("--width", 8, "--conditional")),
+                                          ("vae", ("--width", 8)), ("vae", ("--width", 8, "--network", "mlp")),
+                                          ("gan", ("--width", 8)),
                                           ("classifier", ("--width", 8))])
 def test_every_family_learns_from_cifar10(family, size, tiny_cifar, place):
     unpack(tiny_cifar, place)
