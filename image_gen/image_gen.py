@@ -1974,7 +1974,7 @@ def plot(path: Path, title: str, panels: list[tuple[str, dict[str, list[tuple]],
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FormatStrFormatter, MaxNLocator
+    from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (label, curves, scale) in zip(axes[0], panels, strict=True):
         for name, points in curves.items():
@@ -1983,7 +1983,8 @@ def plot(path: Path, title: str, panels: list[tuple[str, dict[str, list[tuple]],
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if scale == "log":  # 0.2, not 2 x 10^-1
             axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-            axis.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+            low, high = axis.get_ylim()  # over more than a decade names between the powers of ten would overlap
+            axis.yaxis.set_minor_formatter(FormatStrFormatter("%g") if high < 10 * low else NullFormatter())
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.suptitle(title)
