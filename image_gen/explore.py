@@ -535,10 +535,13 @@ def draw_ood(scene: Scene, title: str, inside: dict, outside: dict, table: dict,
         for axis, score in zip(axes, shown, strict=False):
             sets = {scene.model.data["title"]: inside[score]} | {k: values[score] for k, values in outside.items()}
             lowest, highest = (f(v.quantile(q).item() for v in sets.values()) for f, q in ((min, 0.001), (max, 0.999)))
-            edges = np.linspace(lowest, max(highest, lowest + 1e-6), 80)
+            spaced = (np.geomspace, "log") if 0 < 30 * lowest < highest else (np.linspace, "linear")
+            edges = spaced[0](lowest, max(highest, lowest + 1e-6), 80)
             for name, values in sets.items():
-                axis.hist(values.numpy(), edges, density=True, histtype="stepfilled", alpha=0.45, label=name)
-            axis.set(xlabel=score, ylabel="density", yscale="log",
+                weights = np.full(len(values), 1 / len(values))
+                axis.hist(values.numpy().clip(edges[0], edges[-1]), edges, weights=weights, histtype="stepfilled",
+                          alpha=0.5, label=name)
+            axis.set(xlabel=score, ylabel="share of images", xscale=spaced[1],
                      title=f"{score}, AUROC {table[title][score]['auroc']:.3f}")
             axis.legend(frameon=False)
         for score, values in inside.items():

@@ -1170,8 +1170,8 @@ class GanConfig(RunConfig):
     adam_beta2: float | None = option(None, "optimisation", "AdamW's memory of squared gradients",
                                       number(float, 0, 0.999999))
     grad_clip: float = option(10.0, "optimisation", "largest norm of a gradient", number(float, 0, open_low=True))
-    gan_loss: str = option("dcgan", "model", "dcgan (non-saturating [Radford16]) or relativistic (pairs of real and "
-                           "drawn, penalties instead of norms in the discriminator [Huang24])",
+    gan_loss: str = option("relativistic", "model", "relativistic (pairs of real and drawn, penalties instead of norms "
+                           "in the discriminator [Huang24]) or dcgan (non-saturating [Radford16])",
                            choices=tuple(GAN_RECIPES))
     conditional: bool = option(True, "model", "show the class, where the data has classes, to both networks: better by "
                                "far, and --label works")

@@ -51,7 +51,8 @@ from torch import distributions, nn
 
 CPU = torch.device("cpu")
 DIGITS = (*COMMON, "--dataset", "digits", "--num_samples", "4", "--epochs", "2", "--save_every", "5", "--width", "8")
-RUNS = {"vae": ("--model", "vae", "--likelihood", "gaussian"), "gan": ("--model", "gan", "--no-conditional"),
+RUNS = {"vae": ("--model", "vae", "--likelihood", "gaussian"),
+        "gan": ("--model", "gan", "--gan_loss", "dcgan", "--no-conditional"),
         "paired": ("--model", "gan", "--gan_loss", "relativistic")}
 FAKE_INFO = INFO | {"image_size": 4, "classes": ["one"], "class_counts": [100]}
 
@@ -413,7 +414,8 @@ def test_evaluation_has_the_likelihood_of_families_that_know_it(run, place, clas
 @pytest.mark.parametrize("flags, code, word", [
     (("--model", "gan", "--beta", "2"), 2, "vae"), (("--model", "vae", "--gan_loss", "dcgan"), 2, "gan"),
     (("--model", "gan", "--no-conditional", "--label", "7"), 2, "without labels"),
-    (("--model", "vae", "--conditional"), 2, "gan"), (("--model", "gan", "--penalty", "1"), 2, "relativistic"),
+    (("--model", "vae", "--conditional"), 2, "gan"),
+    (("--model", "gan", "--gan_loss", "dcgan", "--penalty", "1"), 2, "relativistic"),
     (("--model", "gan", "--network", "mlp"), 2, "vae"), (("--model", "diffusion", "--convs", "2"), 2, "vae or gan"),
     (("--model", "vae", "--network", "rnn"), 2, "mlp"), (("--model", "gan", "--convs", "-1"), 2, "--convs"),
     (("--model", "vae", "--label", "7"), 2, "without labels"), (("--model", "gan", "--gan_loss", "wasserstein"), 2, ""),
