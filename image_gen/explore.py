@@ -705,7 +705,7 @@ def draw_comparison(names: Sequence[str], reports: Sequence[dict], drawn: Sequen
         heights = [math.nan if v is None else v for v in values]
         bars = axis.bar(range(len(names)), heights, color=[colour(i, len(names)) for i in range(len(names))])
         axis.bar_label(bars, [f"{h:,.{0 if h >= 100 else 3}{'f' if h >= 100 else 'g'}}" if math.isfinite(h) else "-"
-                              for h in heights], padding=2, fontsize=9)
+                              for h in heights], label_type="center", color="white", weight="bold", fontsize=9)
         if floor is not None:
             axis.axhline(floor, color="black", ls="--", lw=1, label=f"real data {floor:.3g}")
             axis.legend(frameon=False, fontsize=8)
