@@ -15,9 +15,10 @@ Both are trained by Adam in float32, as there.
     vae-loader    the same with its data loader, which on a CPU decodes in the training process
     *-bf16        the same under bfloat16 autocast, what a line would give them
 Ours (28 pixels, class-conditional, bfloat16 where the CPU has it, averaged weights, statistics):
-    gan, vae-conv, vae-mlp       the defaults, and --network mlp
-    gan-wide-32, gan-wide-64     --convs 0, as the example has none, and --width as large as it takes to have the
-                                 parameters of dcgan-32 and dcgan-64
+    gan, vae-conv                the defaults
+    gan-dcgan, vae-mlp           --gan_loss dcgan, --network mlp
+    gan-wide-32, gan-wide-64     --gan_loss dcgan --convs 0, as in the example, and --width as large as it takes to have
+                                 the parameters of dcgan-32 and dcgan-64
     vae-small                    --network mlp --convs 0: one hidden layer on each side, wider than the example's
 Turns are interleaved, so that a machine that slows down slows all of them. The ratio is taken turn by turn, its median
 is printed: above 1, ours is faster. Pixels are random: arithmetic takes as long as for real ones.
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 EPOCH = 60_000
+AS_THERE = {"convs": 0, "gan_loss": "dcgan"}  # of our GAN, to train like the example's
 
 
 class Ours:
@@ -158,7 +160,7 @@ def size(network: nn.Module) -> int:
 def wide_enough(target: int, images: ig.Images) -> int:
     """The smallest --width with which our GAN has `target` parameters."""
     return next(width for width in range(64, 1024, 8)
-                if size(ig.GanModel(ig.GanConfig(width=width, convs=0), images.info())) >= target)
+                if size(ig.GanModel(ig.GanConfig(width=width, **AS_THERE), images.info())) >= target)
 
 
 def contestants(images: ig.Images, only: str) -> dict[str, tuple[Any, str]]:
@@ -167,9 +169,9 @@ def contestants(images: ig.Images, only: str) -> dict[str, tuple[Any, str]]:
     if only in ("gan", "all"):
         for side in (32, 64):
             peer, wide = Dcgan(images, side), f"gan-wide-{side}"
-            found[wide] = Ours("gan", 64, images, convs=0,
-                               width=wide_enough(size(peer.network), images)), wide
+            found[wide] = Ours("gan", 64, images, width=wide_enough(size(peer.network), images), **AS_THERE), wide
             found[f"dcgan-{side}"], found[f"dcgan-{side}-bf16"] = (peer, wide), (Dcgan(images, side, True), wide)
+        found["gan-dcgan"] = Ours("gan", 64, images, gan_loss="dcgan"), "gan-dcgan"
         found["gan"] = Ours("gan", 64, images), "gan"
     if only in ("vae", "all"):
         found["vae-small"] = Ours("vae", 128, images, network="mlp", convs=0), "vae-small"

@@ -1216,7 +1216,7 @@ class Discriminator(nn.Module):
         side, widths = pyramid(data, config.width)
         norm = BatchNorm if config.gan_loss == "dcgan" else nn.Identity
         self.body = nn.Sequential(downward(widths, config.convs, norm, nn.LeakyReLU(0.2)), nn.Flatten())
-        self.head = nn.Linear(widths[0] * side * side, 1)
+        self.head = nn.Linear(widths[0] * side * side, 1, bias=config.gan_loss == "dcgan")  # between pairs it cancels
         self.label = nn.Embedding(classes, widths[0] * side * side) if classes else None
         if classes:
             nn.init.zeros_(self.label.weight)  # its usual N(0, 1), summed over thousands of features, drowns the rest
