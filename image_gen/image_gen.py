@@ -1301,13 +1301,13 @@ class GanModel(Family):
         return {"val_d_real": self.win(on_real, on_fake).sigmoid().mean().item()}
 
     def warnings(self, figures: dict[str, Any]) -> list[str]:
-        found = []
+        found, other = [], "" if self.paired else " or --gan_loss relativistic"
         if figures["d_real"] > 0.97 and figures["d_fake"] < 0.03:
             found.append("the discriminator wins outright, and a generator that always loses learns nothing: try a "
-                         "lower --learning_rate or --gan_loss relativistic")
+                         f"lower --learning_rate{other}")
         if figures.get("class_share_min", 1) < 0.1 / len(self.data["classes"]):
             found.append("classes vanish from what is drawn (class_share_min in metrics.jsonl): try another --seed, a "
-                         "lower --learning_rate or --gan_loss relativistic")
+                         f"lower --learning_rate{other}")
         return found
 
     @torch.no_grad()
