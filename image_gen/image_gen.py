@@ -1294,7 +1294,8 @@ class GanModel(Family):
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
-        """`d_real` on images that training has not seen: much lower there, the discriminator knows them by heart."""
+        """`d_real` on images that training has not seen. With --gan_loss dcgan it is lower than `d_real` mostly because
+        batch norm uses running statistics here; with the relativistic loss a gap means images known by heart."""
         with self.cast():
             fake = self.generator(batch.draw.normal(self.config.latent_dim), batch.labels)
             on_real, on_fake = (self.discriminator(x, batch.labels) for x in (batch.images, fake))
