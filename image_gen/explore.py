@@ -277,7 +277,8 @@ def interpolate(scene: Scene) -> dict[str, Any]:
             kind = None if labels is None else labels[pair % len(labels)].repeat(len(shares)).to(scene.device)
             noise = NoisePath(model.config.seed, (2 * pair, 2 * pair + 1), shares, scene.device)
             strips.append(ig.to_uint8(model.sample(kind, noise)).cpu())
-            row_names.append(f"{2 * pair} to {2 * pair + 1}" + (f", {chosen[pair % len(chosen)]}" if chosen else ""))
+            row_names.append((f"class {chosen[pair % len(chosen)]}, " if chosen else "")
+                             + f"samples {2 * pair} to {2 * pair + 1}")
     sheet(strips[:40], scene.results / "interpolate.png", scene.title("interpolation"), row_names,
           [f"{share:.2f}" for share in shares])
     animation(torch.stack(strips[:6], 1), scene.results / "interpolate.gif", 8, True)

@@ -430,6 +430,8 @@ def open_image(path: Path) -> Any:
                 image = ImageOps.exif_transpose(file)
                 image.load()
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if not path.is_file():
+            raise UserError(f"{path} is not a file: name an image file") from None
         reason = "no image format is recognised in it" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{path} can't be read as an image ({reason}): repair or remove it") from None
     if image.mode.startswith("I") or image.mode == "F":

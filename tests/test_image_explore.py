@@ -343,7 +343,8 @@ def test_ends_of_an_interpolation_are_what_sampling_draws(kind, models, drawn):
             assert (end[0].int() - sample.int()).abs().max() <= 1  # sums are ordered otherwise in another batch
     assert not torch.equal(*(strip[0] for strip in drawn["interpolate.png"]))
     found = report("interpolate")
-    assert found["seed"] == 4 and [row["pair"] for row in found["pairs"]] == ["0 to 1, 3", "2 to 3, 5"]
+    names = ["class 3, samples 0 to 1", "class 5, samples 2 to 3"]
+    assert found["seed"] == 4 and [row["pair"] for row in found["pairs"]] == names
     assert len(found["pairs"][0]["step_levels"]) == 2
 
 
