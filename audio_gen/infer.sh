@@ -3,16 +3,16 @@
 # (env.sh). No data set is needed.
 #
 #   ./infer.sh                          the shipped example -> results/audio_reconstructed_0.wav, _1.wav, a picture
-#   ./infer.sh --input song.wav         your own files -> results/song_reconstructed.wav
-#   PHASE=original ./infer.sh           variables are the script's flags in capitals; these are understood:
-#       MODEL CHECKPOINT PHASE SAMPLE SEED DEVICE PRECISION OUTPUT_DIR RESULTS_DIR
-#   ./infer.sh --phase original         flags work as well and win over variables; --help lists them
-#
-# A variable that is not set, or empty, leaves the script's own default in force.
+#   ./infer.sh --input song.wav         your own files -> results/song_reconstructed.wav; --help lists all flags
+#   INPUT=song.wav PHASE=original ./infer.sh    variables are the flags in capitals; a flag wins over its variable
+#   TASK=interpolate ./infer.sh         other questions to a model go to explore.py; TASK=--help lists them
 set -euo pipefail
 here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source-path=SCRIPTDIR source=../env.sh
 source "$here/../env.sh"
 
-env_flags MODEL CHECKPOINT PHASE SAMPLE SEED DEVICE PRECISION OUTPUT_DIR RESULTS_DIR
-exec "$PYTHON" "$here/audio_gen.py" --mode infer ${FLAGS[@]+"${FLAGS[@]}"} "$@"
+export FLAGS_FROM_ENVIRONMENT=1 # the script reads the variables itself; an empty one counts as not set
+if [[ "${TASK:-sample}" != sample ]]; then
+    exec "$PYTHON" "$here/explore.py" "$TASK" "$@"
+fi
+exec "$PYTHON" "$here/audio_gen.py" --mode infer "$@"
