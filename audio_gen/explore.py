@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Look at trained sound models: walk between two sounds, draw new ones, measure your own files.
+
+    python explore.py interpolate a.wav b.wav                   five steps through the latent space of a mel model
+    python explore.py sample --num_samples 4                    new clips from the prior of the VAE
+    python explore.py table --input song.wav                    every metric between floors and ceilings, of own files
+
+This adds no model code: everything comes from audio_gen.py beside it. `TASK=sample ./infer.sh` starts it as well.
+Outputs go to the results folder (--results_dir); a file that is read, and one that is no earlier output, is never
+overwritten.
+"""
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import audio_gen as ag  # noqa: E402
+from audio_gen import CLIP, FAMILIES, HOP, SAMPLE_RATE, Command, MelFamily, UserError, World, number, option  # noqa: E402
+
+CLIPS_OF_A_FILE = 8  # that the table measures, spread evenly
+
+
+@dataclass(frozen=True)
+class InterpolateOptions:
+    input: list[Path] | None = option(None, "exploring", "the two audio files", Path, nargs=2)
+    phase: str = option("griffinlim", "exploring", "how a mel spectrogram becomes sound", choices=MelFamily.phases[:1])
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    num_samples: int = option(4, "exploring", "clips to make", number(int, 1, 1000))
+    seed: int = option(0, "exploring", "clip i of a seed is always the same", number(int, 0, 2**63 - 1))
+    phase: str = option("griffinlim", "exploring", "how a mel spectrogram becomes sound", choices=MelFamily.phases[:1])
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    input: list[Path] | None = option(None, "exploring", "audio files to measure (default: the two shipped examples)",
+                                      Path, nargs="+")
+
+
+def results_for(command: Command, names: Sequence[str], inputs: Sequence[Path]) -> Path:
+    """The results folder, where these files may be written: none of them is read, none is somebody's."""
+    given = "results_dir" in command.given
+    folder = command.given.get("results_dir") or ag.HERE / "results"
+    ag.outputs_apart([folder / name for name in names], inputs)
+    marked = (folder / ag.RESULTS_MARK).exists()
+    if foreign := [folder / name for name in names if os.path.lexists(folder / name) and not marked]:
+        raise UserError(f"{foreign[0]} was not written by this script and would be overwritten: name another "
+                        "--results_dir", 2)
+    return ag.output_folder(folder, given)
+
+
+def strip_figure(path: Path, title: str, columns: Sequence[tuple[str, Tensor]]) -> None:
+    """Log-mel spectrograms [M T] in rows of five"""
+    width = min(5, len(columns))
+    figure, axes = ag.new_figure(-(-len(columns) // width), width, title, (3.6, 2.8))
+    decibels = [(name, 10 / ag.math.log(10) * mel) for name, mel in columns]
+    high = max(mel.max().item() for _, mel in decibels)
+    for axis, (name, mel) in itertools.zip_longest(axes.flat, decibels, fillvalue=("", None)):
+        if mel is None:
+            axis.axis("off")
+        else:
+            ag.show_mel(figure, axis, mel, name, high - 75, high, "magma")
+    ag.save_figure(figure, path)
+
+
+def not_clipped(audio: Tensor) -> Tensor:
+    return audio * min(1.0, 0.999 / max(audio.abs().max().item(), 1e-9))
+
+
+@torch.no_grad()
+def interpolate(command: Command, world: World) -> int:
+    """From the loudest clip of A to that of B in five steps, in latent space."""
+    options, model = command.options(InterpolateOptions), command.model(world)
+    if options.input is None:
+        raise UserError("interpolate takes two audio files: explore.py interpolate a.wav b.wav", 2)
+    results = results_for(command, ("interpolation.wav", "interpolation.png"), options.input)
+    tracks = [ag.Track(file.name, "file", ag.read_audio(file).numpy()) for file in options.input]
+    ends = [max(ag.fixed_clips([track]), key=lambda clip: float(ag.cut(*clip).square().sum())) for track in tracks]
+    start, end = model.encode(ag.clip_batch(ends, world.device).audio).split(1)
+    pieces, columns = [], []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        decoded = model.decode(start + share * (end - start))
+        piece = model.render(decoded, options.phase)[0].cpu()
+        edge = (torch.arange(HOP) + 0.5) / HOP  # 20 ms in and out, so that the joints do not click
+        piece[:HOP] *= edge
+        piece[-HOP:] *= edge.flip(0)
+        pieces.append(piece)
+        columns.append((f"{1 - share:.0%} A, {share:.0%} B", model.preprocessor.unstandardise(decoded)[0].cpu()))
+    ag.write_wav(results / "interpolation.wav", not_clipped(torch.cat(pieces)))
+    names = (f"{letter} = {file.name}" for letter, file in zip("AB", options.input))
+    strip_figure(results / "interpolation.png", ag.title_of(model, ", ".join(names)), columns)
+    ag.say(f"five steps of {CLIP / SAMPLE_RATE:.2f} s -> {results / 'interpolation.wav'}, "
+           f"{results / 'interpolation.png'}")
+    return 0
+
+
+@torch.no_grad()
+def sample(command: Command, world: World) -> int:
+    """New clips from the prior."""
+    options, model = command.options(SampleOptions), command.model(world)
+    names = [f"sample_{i}.wav" for i in range(options.num_samples)]
+    results, columns = results_for(command, [*names, "samples.png"], ()), []
+    for i, name in enumerate(names):
+        decoded = model.sample(ag.Noise(options.seed, [i], world.device))
+        ag.write_wav(results / name, not_clipped(model.render(decoded, options.phase)[0].cpu()))
+        columns += [(f"sample {i}", model.preprocessor.unstandardise(decoded)[0].cpu())] * (i < 25)
+    strip_figure(results / "samples.png", ag.title_of(model, f"from the prior, seed {options.seed}"), columns)
+    ag.say(f"{len(names)} clip(s) of {CLIP / SAMPLE_RATE:.2f} s -> {results / names[0]} ..., {results / 'samples.png'}")
+    return 0
+
+
+def table(command: Command, world: World) -> int:
+    """Own files instead of a test set: what --mode evaluate measures, between the same floor and ceilings."""
+    options, model = command.options(TableOptions), command.model(world)
+    files = options.input or sorted((ag.HERE / "examples").glob("*.flac"))
+    results = results_for(command, ["table.json"], files)
+    rows: dict[str, Any] = {}
+    for file in files:
+        clips = ag.fixed_clips([ag.Track(file.name, "file", ag.read_audio(file).numpy())], CLIPS_OF_A_FILE)
+        rows[str(file)] = {name: {file.name: row["all"]} for name, row in
+                           ag.measure_rows(model, clips, file.name).items()}
+        ag.print_rows(rows[str(file)], file.name)
+    ag.write_json(results / "table.json", {
+        "model": command.key, "checkpoint": str(command.path), "checkpoint_sha256": ag.file_digest(command.path),
+        "original_phase": ag.UPPER_BOUND, "clips_of_a_file": CLIPS_OF_A_FILE, "files": rows,
+        "machine": ag.provenance(), "metrics": ag.definitions(*ag.METRICS)})
+    ag.say(f"-> {results / 'table.json'}")
+    return 0
+
+
+TASKS: dict[str, tuple[Callable[[Command, World], int], type, list[str]]] = {  # task, its flags, families that can
+    "interpolate": (interpolate, InterpolateOptions, [k for k, family in FAMILIES.items() if family.can_interpolate]),
+    "sample": (sample, SampleOptions, [k for k, family in FAMILIES.items() if family.can_sample]),
+    "table": (table, TableOptions, list(ag.SUBJECT.preferred)),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+
+    def run() -> int:
+        words = list(sys.argv[1:] if argv is None else argv)
+        if not words or words[0] in ("-h", "--help"):
+            ag.say(__doc__.rstrip() + "\n\nexplore.py TASK --help lists a task's flags.")
+            return 0 if words else 2
+        if words[0] not in TASKS:
+            raise UserError(f"there is no task {words[0]!r}: name {', '.join(TASKS)}", 2)
+        task, kind, able = TASKS[words.pop(0)]
+        if "input" in ag.flags("infer", able[0], kind) and words and not words[0].startswith("-"):
+            words.insert(0, "--input")  # explore.py interpolate a.wav b.wav
+        command = ag.read_command(words, "infer", able, kind, prog=f"explore.py {task.__name__}",
+                                  description=task.__doc__)
+        if command.key not in able:
+            raise UserError(f"{task.__name__}: a {command.key} model can't: use --model {' or '.join(able)}", 2)
+        return task(command, World(command.given.get("device", "auto")))
+
+    return ag.guarded(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
