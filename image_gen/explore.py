@@ -1,12 +1,12 @@
-"""What one can ask of a trained image model: the tasks of `image_gen.py --mode infer --task ...`, and `--compare`.
+#!/usr/bin/env python3
+"""What one can ask of trained image models: a command line of its own beside image_gen.py, which holds the models.
 
-    python image_gen.py --mode infer --model vae --task reconstruct       held-out images, and what their codes keep
-    python image_gen.py --mode infer --model gan --task interpolate       from one noise to another, strip and GIF
-    python image_gen.py --mode evaluate --compare A.pt B.pt C.pt          families side by side
+    python explore.py reconstruct --model vae           held-out images, and what their codes keep
+    python explore.py interpolate --model gan           from one noise to another, strip and GIF
+    python explore.py compare A.pt B.pt C.pt            models side by side, between floors and ceilings
 
-This file stands beside image_gen.py, which starts it; there is no model code here. Each task writes TASK.png and
-TASK.json into the results folder. `grep '^# ===' explore.py` prints the contents:
-    pictures, inputs, interpolate, reconstruct, traverse, denoise, ood, latent, compare
+There is no model code here. Each task has flags of its own (`explore.py TASK --help`) and writes TASK.png and TASK.json
+into the results folder of the model. `grep '^# ===' explore.py` prints the contents.
 
 Letters for shapes are those of image_gen.py; F frames, D numbers of a code.
 
@@ -24,8 +24,10 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,66 @@ import numpy as np
 import torch
 from torch import Tensor
 
-if __name__ == "__main__":
-    sys.exit("error: this file holds tasks of image_gen.py: start python image_gen.py --mode infer --task NAME")
-
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import image_gen as ig
 
 DEAD = 0.01  # nats: a dimension whose mean KL is below tells nothing about the image ([Burda16] asks for 0.01 variance)
 NEIGHBOURS = 10  # that vote on a class in the space of codes
+
+# === flags ===
+
+
+@dataclass(frozen=True)
+class HeldOutOptions(ig.DataOptions):
+    label: str | None = ig.option(None, "looking", "classes of held-out images (or to draw), in turn, e.g. 7 or "
+                                  "3,8", str)
+    input: Any = ig.option(None, "looking", "image files to start from instead of held-out images", Path, nargs="+")
+
+
+@dataclass(frozen=True)
+class ReconstructOptions(HeldOutOptions):
+    num_samples: int = ig.option(16, "looking", "images", ig.sample_count)
+
+
+@dataclass(frozen=True)
+class InterpolateOptions(HeldOutOptions):
+    num_samples: int | None = ig.option(None, "looking", "pairs (default: 5, or 1 with two classes in --label)",
+                                        ig.number(int, 1, 1000))
+    frames: int = ig.option(12, "looking", "pictures from one end to the other", ig.number(int, 2, 100))
+
+
+@dataclass(frozen=True)
+class TraverseOptions(HeldOutOptions):
+    frames: int = ig.option(13, "looking", "pictures from -3 to 3 standard deviations", ig.number(int, 2, 100))
+
+
+@dataclass(frozen=True)
+class DenoiseOptions:
+    num_samples: int = ig.option(3, "looking", "images, of which every step is kept", ig.number(int, 1, 100))
+    label: str | None = ig.option(None, "looking", "classes to draw, in turn, e.g. 7 or 0,1,2 (default: all)", str)
+    frames: int = ig.option(12, "looking", "steps to show in the picture", ig.number(int, 2, 100))
+
+
+@dataclass(frozen=True)
+class OodOptions(ig.DataOptions):
+    num_samples: int = ig.option(10_000, "looking", "images of each set", ig.sample_count)
+    ood_dataset: str | None = ig.option(None, "looking", "dataset of foreign images (default: cifar100 for colour, "
+                                        "folder with --ood_root)", choices=ig.DATASETS)
+    ood_root: Path | None = ig.option(None, "looking", "folder with foreign images: pictures, or files in MNIST's "
+                                      "format", Path)
+
+
+@dataclass(frozen=True)
+class LatentOptions(ig.DataOptions):
+    num_samples: int = ig.option(3000, "looking", "test images on the map", ig.sample_count)
+
+
+@dataclass(frozen=True)
+class CompareOptions(ig.DataOptions, ig.EvaluateOptions):
+    eval_samples: int | None = ig.option(None, "evaluation", "images to measure of each model (default: 2,000, or the "
+                                         "size of a smaller test set)", ig.number(int, 2))
+    checkpoints: Any = ig.option(None, "run", "files of the models to compare; also without the flag", Path, nargs="+")
+
 
 # === pictures ===
 
@@ -70,17 +125,22 @@ def sheet(rows: Sequence[Tensor], path: Path, title: str, row_names: Sequence[st
         canvas.save(part, format="PNG")
 
 
-def animation(frames: Tensor, path: Path, hold: int, there_and_back: bool, milliseconds: int = 90) -> None:
-    """Save uint8 [F N C H W] as a GIF that loops: the N images side by side. The ends stay for `hold` frames."""
-    from PIL import Image
-    count, number, size = len(frames), frames.shape[1], frames.shape[-1]
-    cell, gap = size * max(1, 112 // size), 6
-    pictures = []
-    for images in frames:
-        canvas = Image.new("RGB", (number * (cell + gap) + gap, cell + 2 * gap), "white")
-        for x, image in enumerate(images):
+def animation(frames: Tensor, path: Path, hold: int, there_and_back: bool, captions: Sequence[str] = (),
+              rows: int = 1, milliseconds: int = 90) -> None:
+    """Save uint8 [F N C H W] as a GIF that loops: the N images in rows, a caption above. The ends stay for `hold`
+    frames."""
+    from PIL import Image, ImageDraw, ImageFont
+    count, columns, size = len(frames), frames.shape[1] // rows, frames.shape[-1]
+    cell, gap, head = size * max(1, 112 // size), 6, 24 if captions else 0
+    font, pictures = ImageFont.load_default(size=13), []
+    width = max([columns * (cell + gap) + gap, *(int(font.getlength(text)) + 2 * gap for text in captions)])
+    for number, images in enumerate(frames):
+        canvas = Image.new("RGB", (width, head + rows * (cell + gap) + gap), "white")
+        if captions:
+            ImageDraw.Draw(canvas).text((gap, 4), captions[number], fill="black", font=font)
+        for i, image in enumerate(images):
             tile = ig.picture(image).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(tile, (gap + x * (cell + gap), gap))
+            canvas.paste(tile, (gap + i % columns * (cell + gap), head + gap + i // columns * (cell + gap)))
         pictures.append(canvas)
     order = list(range(count)) + (list(range(count - 2, 0, -1)) if there_and_back else [])
     times = [milliseconds * hold if i == count - 1 or (i == 0 and there_and_back) else milliseconds for i in order]
@@ -107,46 +167,35 @@ def figure(path: Path, columns: int, **more: Any) -> Any:
 # === inputs ===
 
 
-@dataclasses.dataclass
+@dataclass
 class Scene:
     """What a task works with."""
-    given: dict[str, Any]
-    model: ig.Family
-    state: dict
-    path: Path
+    task: str
+    command: ig.Command
+    options: Any
+    model: ig.ImageModel
     results: Path
-    loaded: ig.Images | None = None
-
-    def count(self, usual: int) -> int:
-        return self.given.get("num_samples", usual)
-
-    def frames(self, usual: int = 12) -> int:
-        return self.given.get("frames", usual)
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    @property
+    @functools.cached_property
     def images(self) -> ig.Images:
         """The dataset that the model was trained on."""
-        if self.loaded is None:
-            self.loaded = ig.load_test_data(self.given, self.model, self.state, self.path, None)
-        return self.loaded
+        return ig.SUBJECT.trained_on(self.command)
 
     def title(self, *more: str) -> str:
         return ig.title_of(self.model, *more)
 
     def held_out(self, count: int) -> tuple[Tensor, list[str]]:
         """`count` test images with the names of their classes; the classes of --label in turn, if it is given."""
-        images, classes = self.images, self.model.data["classes"]
-        order = ig.some_rows(images.test, len(images.test))
-        if "label" in self.given:
-            chosen = [item.strip() for item in self.given["label"].split(",")]
+        images, classes, label = self.images, self.model.data.classes, self.options.label
+        order = torch.randperm(len(images.test), generator=torch.Generator().manual_seed(self.model.config.seed))
+        if label is not None:
             if len(classes) < 2:
-                raise ig.UserError(f"--label {self.given['label']}: {images.title} has no classes", 2)
-            if unknown := [item for item in chosen if item not in classes]:
-                raise ig.UserError(f"--label {unknown[0]}: {images.title} has {', '.join(classes[:20])}", 2)
+                raise ig.UserError(f"--label {label}: {images.title} has no classes", 2)
+            chosen = ig.named_classes(label, classes)
             pools = {item: order[images.test_labels[order] == classes.index(item)].tolist() for item in chosen}
             if empty := [item for item, pool in pools.items() if not pool]:
                 raise ig.UserError(f"--label {empty[0]}: no test image is of that class")
@@ -158,14 +207,14 @@ class Scene:
 
     def inputs(self, count: int, least: int = 1, most: int | None = None) -> tuple[Tensor, list[str]]:
         """The images of --input, else held-out ones; with their names. uint8 [N C H W]"""
-        if "input" not in self.given:
+        paths = self.options.input
+        if paths is None:
             return self.held_out(count)
-        for name in ("label", "num_samples", *(["data_root"] if self.given["task"] != "traverse" else [])):
-            if name in self.given:
+        for name in ("label", "num_samples"):
+            if name in self.command.given:
                 raise ig.UserError(f"--{name} has no effect with --input: leave one of them out", 2)
-        paths = self.given["input"]
         if not least <= len(paths) <= (most or len(paths)):
-            raise ig.UserError(f"--input: --task {self.given['task']} takes {least} file(s), not {len(paths)}", 2)
+            raise ig.UserError(f"--input: {self.task} takes {least} file(s), not {len(paths)}", 2)
         return own_images(paths, self.model.data), [path.name for path in paths]
 
     def codes(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,8 +230,8 @@ class Scene:
     def net(self) -> ig.FeatureNet | None:
         """The classifier of this dataset, if there is one."""
         try:
-            net, _ = ig.find_feature_net({}, self.model.data, self.device)
-        except ig.UserError:  # models/classifier_folder.pt may well be of another folder
+            net, _ = ig.find_feature_net(ig.MeasureOptions(), self.model.data, self.device)
+        except ig.UserError:
             return None
         return net if net and net.names_classes else None
 
@@ -191,23 +240,23 @@ class Scene:
         if self.net is None:
             return None
         share, best = self.net(images).logits.softmax(1).max(1)
-        return [self.model.data["classes"][k] for k in best], share
+        return [self.model.data.classes[k] for k in best], share
 
     def write(self, report: dict[str, Any]) -> Path:
-        path = self.results / f"{self.given['task']}.json"
-        ig.write_json(path, {"task": self.given["task"], "model": ig.family_name(self.model),
-                             "checkpoint": str(self.path), "checkpoint_sha256": ig.file_digest(self.path),
-                             "dataset": self.model.data["title"], "seed": self.model.config.seed}
+        path, checkpoint = self.results / f"{self.task}.json", self.command.path
+        ig.write_json(path, {"task": self.task, "model": ig.family_name(type(self.model)),
+                             "checkpoint": str(checkpoint), "checkpoint_sha256": ig.file_digest(checkpoint),
+                             "dataset": self.model.data.title, "seed": self.model.config.seed}
                       | report | {"machine": ig.provenance()})
         return path
 
 
-def own_images(paths: Sequence[Path], data: dict) -> Tensor:
+def own_images(paths: Sequence[Path], data: ig.DataInfo) -> Tensor:
     """Files of any size and mode -> uint8 [N C H W] as the model knows them: cropped, resized, grey or colour."""
     from PIL import ImageOps
-    size, mode = (data["image_size"],) * 2, "L" if data["channels"] == 1 else "RGB"
+    size, mode = (data.image_size,) * 2, "L" if data.channels == 1 else "RGB"
     arrays = [np.asarray(ImageOps.fit(ig.open_image(path).convert(mode), size)) for path in paths]
-    return torch.from_numpy(np.stack(arrays)).reshape(len(arrays), *size, data["channels"]).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack(arrays)).reshape(len(arrays), *size, data.channels).permute(0, 3, 1, 2)
 
 
 def levels_apart(a: Tensor, b: Tensor) -> Tensor:
@@ -232,11 +281,11 @@ def spherical(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 
 class NoisePath:
-    """Stands in for `ImageNoise`: item i lies at the i-th of `shares` on the way from one image's noise to another's.
+    """Stands in for `Noise`: item i lies at the i-th of `shares` on the way from one image's noise to another's.
     What a sampler draws after its start is the same for all of them."""
 
     def __init__(self, seed: int, ends: tuple[int, int], shares: Sequence[float], device: torch.device) -> None:
-        self.sources = [ig.ImageNoise(seed, [end], torch.device("cpu")) for end in ends]
+        self.sources = [ig.Noise(seed, [end], torch.device("cpu")) for end in ends]
         self.shares, self.device, self.calls = shares, device, 0
 
     def __len__(self) -> int:
@@ -252,13 +301,14 @@ class NoisePath:
 def interpolate(scene: Scene) -> dict[str, Any]:
     """Strips from one image to another: between the codes of two images where the family encodes, else between the
     noises of two samples."""
-    model, given, shares = scene.model, scene.given, np.linspace(0, 1, scene.frames()).tolist()
-    if "reconstruct" in model.tasks and given.get("input") is None and "label" in given and \
-            given["label"].count(",") != 1:
-        raise ig.UserError(f"--label {given['label']}: name two classes, e.g. 3,8, to go from one to the other", 2)
-    if "reconstruct" in model.tasks:
-        pairs = 1 if "label" in given and "num_samples" not in given else scene.count(5)
-        ends, names = scene.inputs(2 * pairs, 2, 2)
+    model, options = scene.model, scene.options
+    shares = np.linspace(0, 1, options.frames).tolist()
+    if hasattr(model, "encode"):
+        classes = model.data.classes
+        two = not options.label or len(classes) < 2 or len(ig.named_classes(options.label, classes)) == 2
+        if options.input is None and not two:
+            raise ig.UserError(f"--label {options.label}: name two classes, e.g. 3,8, to go from one to the other", 2)
+        ends, names = scene.inputs(2 * (options.num_samples or (1 if options.label else 5)), 2, 2)
         codes, _ = scene.codes(ends)
         if len(codes) < 2:
             raise ig.UserError(f"{scene.images.title} has one test image: two are needed, name them with --input", 2)
@@ -267,13 +317,12 @@ def interpolate(scene: Scene) -> dict[str, Any]:
                   for a, b in zip(codes[0::2], codes[1::2], strict=False)]
         row_names = [f"{a} to {b}"[:28] for a, b in zip(names[0::2], names[1::2], strict=False)]
     else:
-        for name in ("input", "data_root"):
-            if name in given:
-                raise ig.UserError(f"--{name} has no effect here: a {ig.family_name(model)} can't encode an image, it "
-                                   "interpolates between two noises", 2)
+        if options.input is not None:
+            raise ig.UserError(f"--input has no effect here: a {ig.family_name(type(model))} can't encode an image, it "
+                               "interpolates between two noises", 2)
         between, strips, row_names = "the noises of two samples, spherically", [], []
-        labels, chosen = ig.pick_labels(given, model)
-        for pair in range(scene.count(5)):
+        labels, chosen = ig.pick_labels(options.label, model)
+        for pair in range(options.num_samples or 5):
             kind = None if labels is None else labels[pair % len(labels)].repeat(len(shares)).to(scene.device)
             noise = NoisePath(model.config.seed, (2 * pair, 2 * pair + 1), shares, scene.device)
             strips.append(ig.to_uint8(model.sample(kind, noise)).cpu())
@@ -319,7 +368,7 @@ def decibels(mse: Tensor) -> Tensor:
 
 def reconstruct(scene: Scene) -> dict[str, Any]:
     """Originals above, what comes back from the mean of their codes below."""
-    images, names = scene.inputs(scene.count(16))
+    images, names = scene.inputs(scene.options.num_samples)
     back, figures = scene.decode(scene.codes(images)[0]), bits_and_errors(scene, images)
     rows, row_names = [], []
     for originals, copies in zip(images[:ig.GRID].split(8), back[:ig.GRID].split(8), strict=True):
@@ -330,12 +379,12 @@ def reconstruct(scene: Scene) -> dict[str, Any]:
                          for i, (name, psnr) in enumerate(zip(names, decibels(figures["mse"]).tolist(), strict=True))],
               "mean": {"psnr_db": decibels(figures["mse"]).mean().item(), "n": len(images)}
               | {k: v.mean().item() for k, v in figures.items()}}
-    if "input" not in scene.given:  # a floor: the same grey picture for all
+    if scene.options.input is None:  # a floor: the same grey picture for all
         mean = scene.images.train.float().mean(0)
         error = ((images.float() - mean) / 255).square().flatten(1).mean(1)
         report["floor"] = {"what": "the mean training image in place of each reconstruction",
                            "mse": error.mean().item(), "psnr_db": decibels(error).mean().item()}
-    print(f"PSNR {report['mean']['psnr_db']:.2f} dB" + (f" (the mean image: {report['floor']['psnr_db']:.2f} dB)"
+    ig.say(f"PSNR {report['mean']['psnr_db']:.2f} dB" + (f" (the mean image: {report['floor']['psnr_db']:.2f} dB)"
                                                         if "floor" in report else ""))
     return report
 
@@ -356,7 +405,7 @@ def traverse(scene: Scene) -> dict[str, Any]:
     kl = kl_by_dimension(*scene.codes(test))
     order, code = kl.argsort(descending=True), scene.codes(image)[0][0]
     dead = (kl < DEAD).nonzero().flatten().tolist()
-    values = torch.linspace(-3, 3, scene.frames(13))
+    values = torch.linspace(-3, 3, scene.options.frames)
     rows, spans = [], {}
     for number, dimension in enumerate(order.tolist()):
         moved = code.repeat(len(values), 1)
@@ -368,7 +417,7 @@ def traverse(scene: Scene) -> dict[str, Any]:
     row_names = [f"z{d}  {kl[d]:.2f} nats" + ("  dead" if kl[d] < DEAD else "") for d in order[:12].tolist()]
     sheet(rows, scene.results / "traverse.png", scene.title("traversal around one image"), row_names,
           ["image", "its code", *(f"{value:+.1f}" for value in values)])
-    print(f"{len(kl) - len(dead)} of {len(kl)} dimensions carry information; " + (
+    ig.say(f"{len(kl) - len(dead)} of {len(kl)} dimensions carry information; " + (
         f"dead (KL below {DEAD} nats): {', '.join(map(str, dead))}" if dead else "none is dead"))
     return {"image": names[0], "values": values.tolist(), "kl_images": len(test), "dead_below_nats": DEAD, "dead": dead,
             "dimensions": [{"dimension": d, "kl_nats": kl[d].item(), "code": code[d].item(), "change_levels": spans[d]}
@@ -380,16 +429,14 @@ def traverse(scene: Scene) -> dict[str, Any]:
 
 def denoise(scene: Scene) -> dict[str, Any]:
     """The way of a diffusion sampler from noise to image: what it holds, and its estimate of the image, on the way."""
-    model, count = scene.model, scene.count(3)
-    if count > 100:
-        raise ig.UserError(f"--num_samples {count}: --task denoise keeps every step of every image, at most 100", 2)
-    labels, names = ig.pick_labels(scene.given, model)
+    model, count = scene.model, scene.options.num_samples
+    labels, names = ig.pick_labels(scene.options.label, model)
     labels = None if labels is None else labels[torch.arange(count) % len(labels)]
     seen: list[tuple[int, Tensor, Tensor]] = []
-    noise = ig.ImageNoise(model.config.seed, range(count), scene.device)
+    noise = ig.Noise(model.config.seed, range(count), scene.device)
     final = ig.to_uint8(model.sample(None if labels is None else labels.to(scene.device), noise, watch=lambda t, x, e: (
         seen.append((t, ig.to_uint8(x.float()).cpu(), ig.to_uint8(e.float()).cpu()))))).cpu()
-    picked = np.unique(np.linspace(0, len(seen) - 1, min(scene.frames(), len(seen))).round().astype(int))
+    picked = np.unique(np.linspace(0, len(seen) - 1, min(scene.options.frames, len(seen))).round().astype(int))
     rows, row_names = [], []
     for i in range(min(count, 20)):
         rows += [torch.stack([seen[step][part][i] for step in picked] + [final[i]]) for part in (1, 2)]
@@ -397,15 +444,17 @@ def denoise(scene: Scene) -> dict[str, Any]:
     sheet(rows, scene.results / "denoise.png", scene.title("from noise to image", ig.sampling_title(model)), row_names,
           [*(f"t={seen[step][0]}" for step in picked), "image"])
     frames = [torch.cat([x[:3], estimate[:3]]) for _, x, estimate in seen] + [final[:3].repeat(2, 1, 1, 1)]
+    captions = [f"t = {t}: noisy image above, estimate below" for t, _, _ in seen] + ["t = 0: the finished image"]
     kept = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), 100)).round().astype(int))
-    animation(torch.stack([frames[i] for i in kept]), scene.results / "denoise.gif", 15, False)
+    animation(torch.stack([frames[i] for i in kept]), scene.results / "denoise.gif", 12, False,
+              [captions[i] for i in kept], rows=2, milliseconds=max(60, 3000 // len(kept)))
     schedule, settled = model.noise_schedule, scene.classes_seen(final)
     looks = []
     for t, x, estimate in seen:
         look = {"t": t, "alpha": schedule.alphas[t].item(), "sigma": schedule.sigmas[t].item(),
                 "x_to_image_levels": levels_apart(x, final).mean().item(),
                 "estimate_to_image_levels": levels_apart(estimate, final).mean().item()}
-        if settled:
+        if settled and not model.labelled:  # with labels the class is given from the start
             same = [a == b for a, b in zip(scene.classes_seen(estimate)[0], settled[0], strict=True)]
             look["estimate_has_final_class"] = sum(same) / len(same)
         looks.append(look)
@@ -416,40 +465,44 @@ def denoise(scene: Scene) -> dict[str, Any]:
 
 # === ood ===
 
+PLAIN = {"reconstruction_error": "reconstruction error", "negative_elbo": "negative ELBO", "reconstruction_nats":
+         "reconstruction in nats", "kl": "KL of the code", "atypicality": "atypicality",
+         "distance_to_mean_image": "distance to mean image"}
 MADE_UP = ("one colour each", "uniform noise")  # images that are made on the spot
 
 
 def foreign_images(scene: Scene) -> tuple[str, Tensor]:
     """The dataset to tell apart, as the model would see it: (title, uint8 [N C H W])."""
     from torchvision.transforms.functional import resize, rgb_to_grayscale
-    data, root = scene.model.data, scene.given.get("ood_root")
-    usual = "folder" if root else {3: "cifar100"}.get(data["channels"])
-    name = scene.given.get("ood_dataset", usual)
+    data, root = scene.model.data, scene.options.ood_root
+    if root and not root.is_dir():
+        raise ig.UserError(f"{root} is not a folder: --ood_root takes the folder with the foreign images")
+    name = scene.options.ood_dataset or ("folder" if root else {3: "cifar100"}.get(data.channels))
     if name is None:
-        raise ig.UserError("--task ood needs a dataset of foreign images: name a folder with --ood_root (pictures, or "
+        raise ig.UserError("ood needs a dataset of foreign images: name a folder with --ood_root (pictures, or "
                            "files in MNIST's format, notMNIST for one) or a dataset with --ood_dataset", 2)
-    idx = sorted(root.resolve().rglob("*images*idx3-ubyte")) if root and name == "folder" and root.is_dir() else []
+    idx = sorted(root.resolve().rglob("*images*idx3-ubyte")) if root and name == "folder" else []
     if idx:
         path = next((path for path in idx if path.name.startswith("t10k")), idx[0])
         title, images = path.parent.parent.name if path.parent.name == "raw" else path.parent.name, read_idx(path)
     elif name == "folder":
-        if root is None or not root.is_dir():
-            raise ig.UserError(f"{root or '--ood_dataset folder'}: --ood_root takes the folder with the foreign images")
-        arrays, _ = ig.read_image_folder(root, data["image_size"])
+        if root is None:
+            raise ig.UserError("--ood_dataset folder needs --ood_root, the folder with the foreign images", 2)
+        arrays, _ = ig.read_image_folder(root, data.image_size, scene.options.skip_bad)
         if not arrays:
             raise ig.UserError(f"{root} holds no image ({', '.join(sorted(ig.IMAGE_SUFFIXES))}): --ood_root takes the "
                                "folder with the foreign images")
         planes = [np.broadcast_to(a[..., None] if a.ndim == 2 else a, (*a.shape[:2], 3)) for a in arrays]
         title, images = root.resolve().name, torch.from_numpy(np.stack(planes)).permute(0, 3, 1, 2)
     else:
-        other = ig.DATASETS[name](root, None, None)
-        if other.info()["title"] == data["title"]:
+        other = ig.load_images(ig.DataOptions(name, root))
+        if other.title == data.title:
             raise ig.UserError(f"--ood_dataset {name}: the model was trained on it, name another one", 2)
         title, images = other.title, other.test
-    if images.shape[1] != data["channels"]:
-        images = rgb_to_grayscale(images) if data["channels"] == 1 else images.repeat(1, 3, 1, 1)
-    if images.shape[-1] != data["image_size"]:
-        images = resize(images, [data["image_size"]] * 2, antialias=True)
+    if images.shape[1] != data.channels:
+        images = rgb_to_grayscale(images) if data.channels == 1 else images.repeat(1, 3, 1, 1)
+    if images.shape[-1] != data.image_size:
+        images = resize(images, [data.image_size] * 2, antialias=True)
     return title, images.contiguous()
 
 
@@ -490,8 +543,8 @@ def ood(scene: Scene) -> dict[str, Any]:
     """How well test images are told from another dataset's: each score's AUROC, histograms, and two kinds of images
     made on the spot on which a likelihood is known to fail or not ([Nalisnick19])."""
     title, foreign = foreign_images(scene)
-    count, data = scene.count(10_000), scene.model.data
-    if title in (data["title"], *MADE_UP):
+    count, data = scene.options.num_samples, scene.model.data
+    if title in (data.title, *MADE_UP):
         title += " (foreign)"
     own, foreign = (part[ig.some_rows(part, count)] for part in (scene.images.test, foreign))
     generator = torch.Generator().manual_seed(0)
@@ -508,19 +561,19 @@ def ood(scene: Scene) -> dict[str, Any]:
              for name, values in outside.items()}
     floor, rivals = "distance_to_mean_image", {k: v["auroc"] for k, v in table[title].items()}
     best = max((k for k in rivals if k != floor), key=rivals.get)
-    print(f"{data['title']} against {title} ({len(own)} and {len(foreign)} images), AUROC (FPR at 95 % TPR):")
+    ig.say(f"{data.title} against {title} ({len(own)} and {len(foreign)} images), AUROC (FPR at 95 % TPR):")
+    ig.say(f"  {'':28}" + "".join(f"{name[:18]:>20}" for name in table))
     for score in inside:
         cells = [f"{table[name][score]['auroc']:.4f} ({table[name][score]['fpr_at_95_tpr']:.4f})" for name in table]
-        print(f"  {score:24}" + "".join(f"{cell:>18}  " for cell in cells))
-    print(f"  {'':24}" + "".join(f"{name[:18]:>18}  " for name in table))
+        ig.say(f"  {PLAIN[score]:28}" + "".join(f"{cell:>20}" for cell in cells))
     draw_ood(scene, title, inside, outside, table, best)
-    wrong = [f"{score} on {name}" for name in table for score, v in table[name].items() if v["auroc"] < 0.5]
+    wrong = [f"{PLAIN[score]} on {name}" for name in table for score, v in table[name].items() if v["auroc"] < 0.5]
     if wrong:
-        print(f"worse than chance: {'; '.join(wrong)}")
-    return {"own": {"title": data["title"], "split": "test", "n": len(own)}, "best_score": best, "floor_score": floor,
+        ig.say(f"worse than chance: {'; '.join(wrong)}")
+    return {"own": {"title": data.title, "split": "test", "n": len(own)}, "best_score": best, "floor_score": floor,
             "foreign": {name: {"n": len(others[name]), "scores": table[name]} for name in table},
             "worse_than_chance": wrong, "means": {name: {k: v.mean().item() for k, v in values.items()}
-                                                  for name, values in {data["title"]: inside, **outside}.items()},
+                                                  for name, values in {data.title: inside, **outside}.items()},
             "definitions": "scores are meant to be higher for foreign images and never turned round. auroc: "
             "probability that a foreign image scores higher than an own one; fpr_at_95_tpr: share of foreign images "
             "below the score under which 95 % of own images lie; reconstruction_error: mean squared error of the "
@@ -534,7 +587,7 @@ def draw_ood(scene: Scene, title: str, inside: dict, outside: dict, table: dict,
     shown = dict.fromkeys([best, "negative_elbo", "reconstruction_error"])
     with figure(scene.results / "ood.png", len(shown) + 1, figsize=(5 * (len(shown) + 1), 4)) as (drawn, axes):
         for axis, score in zip(axes, shown, strict=False):
-            sets = {scene.model.data["title"]: inside[score]} | {k: values[score] for k, values in outside.items()}
+            sets = {scene.model.data.title: inside[score]} | {k: values[score] for k, values in outside.items()}
             lowest, highest = (f(v.quantile(q).item() for v in sets.values()) for f, q in ((min, 0.001), (max, 0.999)))
             spaced = (np.geomspace, "log") if 0 < 30 * lowest < highest else (np.linspace, "linear")
             edges = spaced[0](lowest, max(highest, lowest + 1e-6), 80)
@@ -542,14 +595,14 @@ def draw_ood(scene: Scene, title: str, inside: dict, outside: dict, table: dict,
                 weights = np.full(len(values), 1 / len(values))
                 axis.hist(values.numpy().clip(edges[0], edges[-1]), edges, weights=weights, histtype="stepfilled",
                           alpha=0.5, label=name)
-            axis.set(xlabel=score, ylabel="share of images", xscale=spaced[1],
-                     title=f"{score}, AUROC {table[title][score]['auroc']:.3f}")
+            axis.set(xlabel=PLAIN[score], ylabel="share of images", xscale=spaced[1],
+                     title=f"{PLAIN[score]}, AUROC {table[title][score]['auroc']:.3f}")
             axis.legend(frameon=False)
         for score, values in inside.items():
             truth = np.r_[np.zeros(len(values)), np.ones(len(outside[title][score]))]
             false, true, _ = roc_curve(truth, torch.cat([values, outside[title][score]]).numpy())
-            axes[-1].plot(false, true, label=f"{score} {table[title][score]['auroc']:.3f}")
-        axes[-1].set(xlabel=f"{scene.model.data['title']} taken for foreign", ylabel=f"{title} recognised as foreign",
+            axes[-1].plot(false, true, label=f"{PLAIN[score]} {table[title][score]['auroc']:.3f}")
+        axes[-1].set(xlabel=f"{scene.model.data.title} taken for foreign", ylabel=f"{title} recognised as foreign",
                      title="all scores, with AUROC")
         axes[-1].legend(frameon=False, loc="lower right")
         drawn.suptitle(scene.title(f"test images against {title}"))
@@ -562,7 +615,7 @@ def latent(scene: Scene) -> dict[str, Any]:
     """t-SNE of test images' codes ([Maaten08]), and how often the nearest training codes vote for the right class."""
     from sklearn.manifold import TSNE
     from sklearn.neighbors import KNeighborsClassifier
-    images, classes = scene.images, scene.model.data["classes"]
+    images, classes = scene.images, scene.model.data.classes
     train, test = (scene.codes(part)[0].numpy() for part in (images.train, images.test))
     report: dict[str, Any] = {}
     if len(classes) > 1:
@@ -574,23 +627,24 @@ def latent(scene: Scene) -> dict[str, Any]:
         common = images.test_labels.bincount().max().item() / len(images.test)
         report = {"knn_accuracy": accuracies[0], "neighbours": votes, "n_train": len(train), "n_test": len(test),
                   "floors": {"knn_accuracy_of_pixels": accuracies[1], "most_common_class": common}}
-        print(f"nearest {votes} training codes name the class of {100 * accuracies[0]:.2f} % of {len(test)} test images"
-              f" (nearest pixels {100 * accuracies[1]:.2f} %, always the most common class {100 * common:.2f} %)")
-    rows = ig.some_rows(images.test, scene.count(3000))
+        ig.say(f"nearest {votes} training codes name the class of {100 * accuracies[0]:.2f} % of {len(test)} test "
+               f"images (nearest pixels {100 * accuracies[1]:.2f} %, the most common class {100 * common:.2f} %)")
+    rows = ig.some_rows(images.test, scene.options.num_samples)
     if len(rows) < 5:
         raise ig.UserError(f"{len(rows)} test image(s) make no map: at least 5 are needed", 2)
     perplexity = min(30.0, (len(rows) - 1) / 3)
-    start = "pca" if test.shape[1] > 1 else "random"  # one number has no second principal component
-    seed = ig.seed32(scene.model.config.seed)
-    points = TSNE(2, perplexity=perplexity, init=start, random_state=seed).fit_transform(test[rows.numpy()])
+    codes = test[rows.numpy()]
+    alike = not np.ptp(codes, axis=0).max() > 1e-6  # such codes have no principal component and crash the fast method
+    start = "random" if alike or codes.shape[1] == 1 else "pca"  # one number has no second principal component
+    points = TSNE(2, perplexity=perplexity, init=start, random_state=ig.seed32(scene.model.config.seed),
+                  method="exact" if alike else "barnes_hut").fit_transform(codes)
     labels = images.test_labels[rows].numpy()
     shown = np.unique(labels)
     with figure(scene.results / "latent.png", 1, figsize=(8, 7)) as (_, (axis,)):
         for number, k in enumerate(shown):
             axis.scatter(*points[labels == k].T, s=7, color=colour(number, len(shown)), label=classes[k] or "images")
             if 1 < len(shown) <= 20:
-                axis.annotate(classes[k], np.median(points[labels == k], 0), weight="bold", size=13, ha="center",
-                              va="center", bbox={"boxstyle": "round", "facecolor": "white", "alpha": 0.75, "lw": 0})
+                name_group(axis, classes[k], points[labels == k], points.mean(0), colour(number, len(shown)))
         axis.set(xticks=[], yticks=[])
         if 1 < len(shown) <= 20:
             axis.legend(frameon=False, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -598,6 +652,16 @@ def latent(scene: Scene) -> dict[str, Any]:
             f"\nnearest {votes} training codes name the class of {100 * accuracies[0]:.2f} % of {len(test)} test images"
             if report else ""))
     return report | {"tsne_images": len(rows), "perplexity": perplexity, "code": "mean of q(z|x)"}
+
+
+def name_group(axis: Any, name: str, group: np.ndarray, centre: np.ndarray, colour: Any) -> None:
+    """The group's name at its outer edge, pushed outward, so that it hides no points."""
+    outward = np.median(group, 0) - centre
+    outward /= max(np.linalg.norm(outward), 1e-9)
+    reach = (group - centre) @ outward
+    edge = group[np.abs(reach - np.quantile(reach, 0.9)).argmin()]
+    axis.annotate(name, edge, xytext=14 * outward, textcoords="offset points", size=9, ha="center", va="center",
+                  bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": colour, "alpha": 0.9})
 
 
 def colour(number: int, count: int) -> Any:
@@ -609,49 +673,62 @@ def colour(number: int, count: int) -> Any:
 # === compare ===
 
 
-def compare(given: dict[str, Any], world: ig.World, precision: torch.dtype) -> int:
-    """--mode evaluate --compare: every checkpoint measured in the same way, on the same data."""
-    if wrong := [name for name in ("checkpoint", "model") if name in given]:
-        raise ig.UserError(f"--{wrong[0]} has no effect with --compare, which names the checkpoints", 2)
-    reports, drawn, images, first = [], [], None, None
-    states = [ig.open_checkpoint(path) for path in given["compare"]]
-    for path, state in zip(given["compare"], states, strict=True):
+def read_comparison(words: Sequence[str]) -> list[ig.Command]:
+    """A command for each checkpoint; a flag that only some of the models know goes to those."""
+    probe = ig.Parser([f for f in dataclasses.fields(CompareOptions) if f.name == "checkpoints"], add_help=False)
+    if {"-h", "--help"} & set(words):
+        flags = ig.flags("evaluate", "diffusion", CompareOptions).values()
+        ig.Parser(flags, prog="explore.py compare", description="Models side by side.").parse_args(["-h"])
+    paths = vars(probe.parse_known_args(words)[0]).get("checkpoints")
+    if not paths:
+        raise ig.UserError("compare needs the checkpoints to compare: explore.py compare A.pt B.pt", 2)
+    states = [ig.load_checkpoint(path) for path in paths]
+    for path, state in zip(paths, states, strict=True):
         if not ig.FAMILIES[state["family"]].can_sample:
             raise ig.UserError(f"{path} holds a {state['family']}, which draws no images: leave it out", 2)
-        first = first or state["data"]
-        if state["data"] != first:
+        if state["data"] != states[0]["data"]:
             told = [f"{d['title']} ({d['train_images']} images of {d['image_size']} pixels)"
-                    for d in (state["data"], first)]
-            raise ig.UserError(f"{path} was trained on {told[0]}, {given['compare'][0]} on {told[1]}: compare models "
+                    for d in (state["data"], states[0]["data"])]
+            raise ig.UserError(f"{path} was trained on {told[0]}, {paths[0]} on {told[1]}: compare models "
                                "of one dataset", 2)
-    fields = {name for fields in ig.CONFIG_FIELDS.values() for name in fields}
-    for name in sorted(fields & given.keys()):
-        if not any(name in ig.CONFIG_FIELDS[state["family"]] for state in states):
-            raise ig.UserError(f"--{name} belongs to none of these models", 2)
-    for path, state in zip(given["compare"], states, strict=True):
-        known = ig.CONFIG_FIELDS[state["family"]]
-        own = {k: v for k, v in given.items() if (k not in fields or k in known) and k != "compare"}
-        model, state, path, _ = ig.open_model(own | {"checkpoint": path, "results_dir": comparison_folder(given)},
-                                              world, precision)
-        images = images or ig.load_test_data(own, model, state, path, world)
-        own = {"eval_samples": min(2000, len(images.test))} | own
-        report = ig.evaluate_model(own, model, state, path, images, world)
+    known = [ig.flags("evaluate", state["family"], CompareOptions) for state in states]
+    for flags in known:
+        for name in ("mode", "model", "checkpoint"):
+            flags.pop(name)
+    every = {name: field for flags in reversed(known) for name, field in flags.items()}
+    given, unknown = ig.Parser(every.values()).parse_known_args(words)
+    if unknown:
+        raise ig.UserError(f"unknown argument {unknown[0]}: explore.py compare --help lists all flags", 2)
+    commands = []
+    for path, state, flags in zip(paths, states, known, strict=True):
+        own = {k: v for k, v in vars(given).items() if k in flags and k != "checkpoints"}
+        own = ig.remembered(own, state, path, "evaluate")
+        commands.append(ig.Command("evaluate", state["family"], own, path, state))
+    return commands
+
+
+@torch.no_grad()
+def compare(words: Sequence[str]) -> int:
+    """Every checkpoint measured in the same way, on the same data."""
+    commands = read_comparison(words)
+    world, first = ig.World(commands[0].given.get("device", "auto")), commands[0]
+    results = ig.results_folder(first.given.get("results_dir", ig.HERE / "results"))
+    images = ig.SUBJECT.trained_on(first)
+    reports, drawn = [], []
+    for command in commands:
+        model, options = command.model(world), command.options(CompareOptions)
+        count = options.eval_samples or min(2000, len(images.test))
+        ig.say(f"{ig.title_of(model)} from {command.path}")
+        reports.append(ig.evaluate_model(dataclasses.replace(options, eval_samples=count), model, command.state,
+                                         command.path, images))
         labels = ig.proportional_labels(model.data, 10, model.labelled)
-        drawn.append(ig.generate_all(model, labels if labels is None else labels.sort().values, 10, model.config.seed,
-                                     10, world))
-        reports.append(report)
-    if world.main:
-        names = distinct([state["family"] for state in states], given["compare"])
-        results = comparison_folder(given)
-        ig.write_json(results / "compare.json", {"models": dict(zip(names, reports, strict=True))})
-        print_comparison(names, reports)
-        draw_comparison(names, reports, drawn, results / "compare.png")
-        print(f"-> {results / 'compare.png'}, {results / 'compare.json'}")
+        drawn.append(ig.generate_all(model, labels if labels is None else labels.sort().values, 10, 10))
+    names = distinct([command.key for command in commands], [command.path for command in commands])
+    ig.write_json(results / "compare.json", {"models": dict(zip(names, reports, strict=True))})
+    print_comparison(names, reports)
+    draw_comparison(names, reports, drawn, results / "compare.png")
+    ig.say(f"-> {results / 'compare.png'}, {results / 'compare.json'}")
     return 0
-
-
-def comparison_folder(given: dict[str, Any]) -> Path:
-    return given.get("results_dir", ig.HERE / "results")
 
 
 def distinct(families: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -676,12 +753,15 @@ def comparison_rows(reports: Sequence[dict]) -> dict[str, tuple[list[float | Non
 
 
 def print_comparison(names: Sequence[str], reports: Sequence[dict]) -> None:
-    print(f"{reports[0]['dataset']}: {reports[0]['num_samples']} samples of each")
+    ig.say(f"{reports[0]['dataset']}: {reports[0]['num_samples']} samples of each")
+    for name, report in zip(names, reports, strict=True):
+        if "sampler" in report:
+            ig.say(f"{name}: {report['sampler']}, {report['steps']} steps, guidance {report['guidance']}")
     wide = max(14, *(len(name) + 2 for name in names))
-    print(f"{'':30}" + "".join(f"{name:>{wide}}" for name in names) + f"{'real data':>{wide}}")
+    ig.say(f"{'':30}" + "".join(f"{name:>{wide}}" for name in names) + f"{'real data':>{wide}}")
     for key, (values, floor) in comparison_rows(reports).items():
         cells = ["-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in (*values, floor)]
-        print(f"{key:30}" + "".join(f"{cell:>{wide}}" for cell in cells))
+        ig.say(f"{key:30}" + "".join(f"{cell:>{wide}}" for cell in cells))
 
 
 def draw_comparison(names: Sequence[str], reports: Sequence[dict], drawn: Sequence[Tensor], path: Path) -> None:
@@ -725,18 +805,56 @@ def draw_comparison(names: Sequence[str], reports: Sequence[dict], drawn: Sequen
 
 # === start ===
 
-TASKS = {"interpolate": interpolate, "reconstruct": reconstruct, "traverse": traverse, "denoise": denoise, "ood": ood,
-         "latent": latent}
+ENCODING = [key for key, family in ig.FAMILIES.items() if hasattr(family, "encode")]
+DENOISING = [key for key, family in ig.FAMILIES.items() if hasattr(family, "denoiser")]
+DRAWING = [key for key, family in ig.FAMILIES.items() if family.can_sample]
+TASKS = {  # what to do, with which families, told by which flags
+    "interpolate": (interpolate, DRAWING, InterpolateOptions),
+    "reconstruct": (reconstruct, ENCODING, ReconstructOptions),
+    "traverse": (traverse, ENCODING, TraverseOptions), "denoise": (denoise, DENOISING, DenoiseOptions),
+    "ood": (ood, ENCODING, OodOptions), "latent": (latent, ENCODING, LatentOptions),
+}
 
 
 @torch.no_grad()
-def run(given: dict[str, Any], model: ig.Family, state: dict, path: Path, results: Path) -> int:
-    """One task of --mode infer; returns the exit status."""
-    scene = Scene(given, model, state, path, results)
-    shipped = " (the shipped weights)" if path.parent == ig.HERE / "pretrained" else ""
-    print(f"{scene.title(given['task'])} from {path}{shipped}", flush=True)
-    report = TASKS[given["task"]](scene)
-    written = [scene.write(report)] + [p for p in (results / f"{given['task']}.{kind}" for kind in ("png", "gif"))
-                                       if p.exists()]
-    print(f"-> {', '.join(map(str, written))}")
+def look(task: str, words: Sequence[str]) -> int:
+    """One task, on one model; returns the exit status."""
+    run, able, kind = TASKS[task]
+    command = ig.read_command(words, "infer", able, kind, prog=f"explore.py {task}", description=run.__doc__)
+    if command.key not in able:
+        raise ig.UserError(f"{task} can't be done by --model {command.key}, only by {' or '.join(able)}", 2)
+    world = ig.World(command.given.get("device", "auto"))
+    results, options = ig.results_folder(command.results()), command.options(kind)
+    outputs = [results / f"{task}.{suffix}" for suffix in ("json", "png", "gif")]
+    for path in getattr(options, "input", None) or ():
+        if any(os.path.exists(output) and path.exists() and path.samefile(output) for output in outputs):
+            raise ig.UserError(f"--input {path} would be overwritten by the result: name another --results_dir", 2)
+    scene = Scene(task, command, options, command.model(world), results)
+    shipped = " (the shipped weights)" if command.path.parent == ig.HERE / "pretrained" else ""
+    ig.say(f"{scene.title(task)} from {command.path}{shipped}")
+    scene.write(run(scene))
+    ig.say(f"-> {', '.join(str(path) for path in outputs if path.exists())}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+
+    def run() -> int:
+        words = list(sys.argv[1:] if argv is None else argv)
+        task = words.pop(0) if words else "--help"
+        if task in ("-h", "--help"):
+            ig.say(__doc__.split("References")[0].strip() + "\n\ntasks: " + ", ".join((*TASKS, "compare")))
+            return 0
+        if task == "compare":
+            named = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+            return compare((["--checkpoints", *named] if named else []) + words[len(named):])
+        if task not in TASKS:
+            raise ig.UserError(f"unknown task {task}: choose from {', '.join((*TASKS, 'compare'))}", 2)
+        return look(task, words)
+
+    return ig.guarded(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,23 +5,21 @@
     python image_gen.py --mode infer --num_samples 16           draw digits (shipped weights if none were trained yet)
     python image_gen.py --mode evaluate                         FID, IS, KID, precision, recall ... beside their floors
 
-Read top to bottom; `grep '^# ===' image_gen.py` prints this table of contents:
-    plumbing, data, building blocks, diffusion, VAE, GAN, classifier, registry, metrics, trainer, figures, command line
+Read top to bottom; `grep '^# ===' image_gen.py` prints the table of contents. First what the models are told and what
+they have in common, then one chapter for each, from the simplest on; then data sets, metrics, figures; last, and alike
+in both scripts of this project, the machine room: trainer, checkpoints, command line.
 
 Letters for shapes: B batch, C channels, H W height and width, N images, D features, K classes, E embedding width.
 Images are float in [-1, 1] inside the models and uint8 in [0, 255] outside of them.
 
 References
     [Ho20]     Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, 2020
-    [Nichol21] Nichol, Dhariwal: Improved Denoising Diffusion Probabilistic Models, 2021
     [Song21]   Song, Meng, Ermon: Denoising Diffusion Implicit Models, 2021
-    [Salimans22] Salimans, Ho: Progressive Distillation for Fast Sampling of Diffusion Models, 2022
     [HoSal22]  Ho, Salimans: Classifier-Free Diffusion Guidance, 2022
     [Karras22] Karras, Aittala, Aila, Laine: Elucidating the Design Space of Diffusion-Based Generative Models, 2022
     [Lu22]     Lu et al.: DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models, 2022
     [Lipman23] Lipman et al.: Flow Matching for Generative Modeling, 2023
     [Esser24]  Esser et al.: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024
-    [Kingma21] Kingma, Salimans, Poole, Ho: Variational Diffusion Models, 2021
     [Kingma14] Kingma, Welling: Auto-Encoding Variational Bayes, 2014
     [Higgins17] Higgins et al.: beta-VAE: Learning Basic Visual Concepts with a Constrained Variational Framework, 2017
     [Rybkin21] Rybkin, Daniilidis, Levine: Simple and Effective VAE Training with Calibrated Decoders, 2021
@@ -42,6 +40,8 @@ import abc
 import argparse
 import contextlib
 import dataclasses
+import datetime
+import difflib
 import hashlib
 import io
 import itertools
@@ -49,12 +49,14 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
-import tarfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,10 +66,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HERE = Path(__file__).resolve().parent
-
-# === plumbing ===
-# >>> shared plumbing: the same lines stand in both scripts of this project, so that each runs alone
+# === options ===
 
 
 class UserError(Exception):
@@ -78,165 +77,11 @@ class UserError(Exception):
         self.code = code
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, fit for an error message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-
-
-def seed32(*numbers: int) -> int:
-    """Mix integers into one 32-bit seed. (torch's CPU generator uses only the low 32 bits of a seed, so that
-    plain sums or shifts would make streams collide.)"""
-    return int(np.random.SeedSequence([n & 0xFFFFFFFFFFFFFFFF for n in numbers]).generate_state(1)[0])
-
-
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`; a device that is asked for and absent is an error."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(name[5:]) if ":" in name else local_rank
-        if index >= count:
-            raise UserError(f"--device {name}: PyTorch sees {count} CUDA device(s) here; use --device cpu or auto")
-        return torch.device("cuda", index)
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: no Metal device here; use --device cpu or auto")
-    return torch.device(name)
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it natively (emulation is slower than float32)."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and any(
-            getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return torch.bfloat16 if native else torch.float32
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and move it there once it is whole: readers never see half a file, and
-    a full disk or a kill leaves what stood there before."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"can't write {path} ({error.strerror or error}); any earlier file there is unchanged: "
-                        "free some space or choose another folder") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def check_writable(folder: Path) -> None:
-    """Fail now rather than after an hour of training."""
-    with replacing(folder / ".write_test") as part:
-        part.write_bytes(b"ok")
-    (folder / ".write_test").unlink()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """NaN and infinities are no JSON: `allow_nan=False` makes them an error instead of a broken file."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """`state` holds only tensors and plain Python values, so that it can be read with `weights_only=True`."""
-    buffer = io.BytesIO()  # in memory first: a full disk is then an OSError, not a crash inside the zip writer
-    torch.save(state, buffer)
-    with replacing(path) as part:
-        part.write_bytes(buffer.getbuffer())
-
-
-def load_checkpoint(path: Path, version: str) -> dict:
-    """Read a checkpoint of this script on the CPU without ever running code that the file may hold."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it remarks on unusual pickles before it refuses them
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"no checkpoint at {path} ({error.strerror}): train one with --mode train, or name another "
-                        "file with --checkpoint") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is not a plain-tensor checkpoint: it is damaged, or holds pickled Python objects "
-                        "that could run code, and is not loaded; name another with --checkpoint") from None
-    except Exception as error:  # damaged bytes can make the reader fail in any way
-        raise UserError(f"can't read the checkpoint {path}, it is truncated or damaged ({first_line(error)}); restore "
-                        "a copy or train again") from None
-    if not isinstance(state, dict) or "format" not in state:
-        raise UserError(f"{path} was not written by this script; name one of its checkpoints with --checkpoint")
-    if state["format"] != version:
-        raise UserError(f"{path} has format {str(state['format'])!r}, this script reads {version!r}: use the matching "
-                        "version of the script, or train again")
-    if missing := {"family", "config", "data", "ema", "history", "made"} - state.keys():
-        raise UserError(f"{path} lacks its {', '.join(sorted(missing))}: it was altered; restore a copy or train again")
-    return state
-
-
-class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the training loop looks at; a second one is immediate."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._note)
-
-    def _note(self, number: int, _frame: Any) -> None:
-        if self.number:
-            raise KeyboardInterrupt
-        self.number = number
-        print(f"\n{signal.Signals(number).name}: saving, then stopping (again: stop at once)", file=sys.stderr)
-
-
-class World:
-    """The processes of one torchrun; alone without it. Every rank runs the same steps, rank 0 alone writes."""
-
-    def __init__(self, device_name: str) -> None:
-        try:
-            self.rank, self.size, local = (int(os.environ.get(*pair)) for pair in
-                                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-            if not 0 <= self.rank < self.size or local < 0:
-                raise ValueError(f"RANK {self.rank}, LOCAL_RANK {local} of WORLD_SIZE {self.size}")
-            self.device, self.main = pick_device(device_name, local), self.rank == 0
-            if self.size > 1:
-                torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        except (ValueError, RuntimeError) as error:
-            raise UserError("RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are not as torchrun sets them "
-                            f"({first_line(error)}): start the script with torchrun, or unset them", 2) from None
-
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes: one all-reduce over one flat buffer."""
-        if self.size == 1:
-            return
-        flat = torch.cat([t.detach().float().flatten() for t in tensors])
-        torch.distributed.all_reduce(flat)
-        for tensor, mean in zip(tensors, (flat / self.size).split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
-
-    def gather(self, part: Tensor, total: int) -> Tensor:
-        """Put rows `rank::size` of every process back in order: [n, ...] on each -> [total, ...] on all."""
-        if self.size == 1:
-            return part
-        part = torch.cat([part, part.new_zeros(-(-total // self.size) - len(part), *part.shape[1:])])  # of one length
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, part.contiguous())
-        return torch.stack(parts, 1).flatten(0, 1)[:total]
-
-    def wait(self) -> None:
-        if self.size > 1:
-            torch.distributed.barrier()
-
-    def close(self) -> None:
-        if self.size > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+def option(default: Any, group: str, text: str, kind: Any = None, choices: Sequence[str] = (),
+           nargs: Any = None) -> Any:
+    """A dataclass field that is also a command-line flag: the only place where its default and help stand."""
+    return field(default=default, metadata={"group": group, "help": text, "type": kind, "choices": choices,
+                                            "nargs": nargs})
 
 
 def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], Any]:
@@ -256,247 +101,51 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
     return parse
 
 
-def progress(total: int, title: str, hidden: bool = False, **more: Any) -> Any:
-    """A progress bar with rate and time left; in a log file it writes a line now and then instead of a thousand."""
-    from tqdm import tqdm
-    return tqdm(total=total, desc=title, disable=hidden, mininterval=0.5 if sys.stderr.isatty() else 30, **more)
+class Parser(argparse.ArgumentParser):
+    """Flags from dataclass fields that `option` made; only those that were given appear in the result."""
 
+    def __init__(self, fields: Iterable[dataclasses.Field], **more: Any) -> None:
+        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, formatter_class=lambda prog: (
+            argparse.HelpFormatter(prog, max_help_position=30, width=110)), **more)
+        groups: dict[str, Any] = {}
+        for f in fields:
+            name, how = f.metadata["group"], {k: f.metadata[k] for k in ("type", "choices", "nargs") if f.metadata[k]}
+            if isinstance(f.default, bool):
+                how = {"action": argparse.BooleanOptionalAction if f.default else "store_true"}
+            text = f.metadata["help"] + ("" if f.default is None or f.default is False else f" (default: {f.default})")
+            groups[name] = groups.get(name) or self.add_argument_group(name)
+            groups[name].add_argument(f"--{f.name}", help=text.replace("%", "%%"), **how)
 
-def option(default: Any, group: str, text: str, kind: Any = None, choices: Sequence[str] | None = None) -> Any:
-    """A config field that is also a command-line flag: the dataclass is the only place where its default stands."""
-    return field(default=default, metadata={"group": group, "help": text, "type": kind, "choices": choices})
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message} (--help lists all flags)", 2)
 
-
-# <<< shared plumbing
 
 # === data ===
 
-MNIST_MD5 = {  # of the unpacked files, so that an interrupted unpacking is noticed as well
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
-NO_NETWORK = 3  # exit status that says "the dataset could not be downloaded", and nothing else
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-DATA_KEYS = ("dataset", "title", "channels", "image_size", "classes", "class_counts", "train_images")
 
-
-@dataclass
-class Images:
-    """A dataset in memory: uint8 [N C H W] with int64 labels [N] (all 0 when there is one class)."""
-    name: str
-    train: Tensor
-    train_labels: Tensor
-    test: Tensor
-    test_labels: Tensor
-    classes: list[str]
+@dataclass(frozen=True)
+class DataInfo:
+    """What a model must know of its data; stored in every checkpoint."""
+    dataset: str
     title: str  # for figures and messages
-
-    def info(self) -> dict:
-        """What a model must know about its data; stored in every checkpoint."""
-        counts = torch.bincount(self.train_labels, minlength=len(self.classes)).tolist()
-        channels, size = self.train.shape[1], self.train.shape[-1]
-        return dict(zip(DATA_KEYS, (self.name, self.title, channels, size, self.classes, counts, len(self.train))))
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float [-1, 1]"""
-    return images.float().div_(127.5).sub_(1)
+    channels: int
+    image_size: int
+    classes: list[str]  # of one name where there are no classes
+    class_counts: list[int]  # in the training set
+    train_images: int
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """float [-1, 1] -> uint8 [0, 255], rounded to the nearest level as a saved picture is"""
-    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+class Batch(NamedTuple):
+    images: Tensor  # [B C H W] in [-1, 1]
+    labels: Tensor  # [B] int64
+    draw: Draw
+    progress: float = 1.0  # share of the run that is done
 
 
-def damaged_files(folder: Path, sums: dict[str, str]) -> list[Path]:
-    """Those of the files with known md5 sums that are missing or other than they were."""
-    def md5(path: Path) -> str:
-        return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
-    return [folder / name for name, digest in sums.items() if md5(folder / name) != digest]
-
-
-def download(title: str, megabytes: int, folder: Path, damaged: Callable[[], list[Path]], fetch: Callable[[], Any],
-             hint: str, attempts: int = 3) -> None:
-    """Fetch a dataset with torchvision (md5). Raises `UserError` with code 3 when it can't be reached."""
-    import errno
-    import http.client
-    import socket
-    check_writable(folder)
-    socket.setdefaulttimeout(30)  # torchvision sets none: a stalled connection would hang for ever
-    print(f"{title}: downloading about {megabytes} MB into {folder}", flush=True)
-    for attempt in range(attempts):
-        for path in damaged():  # torchvision takes any file of the right name for a finished download
-            path.unlink(missing_ok=True)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                fetch()
-            reason = f"the files that arrived are not {title}'s"
-        except (OSError, http.client.HTTPException, RuntimeError, EOFError, ValueError, tarfile.TarError) as error:
-            lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Tried")]
-            reason = (lines[-1] if lines else type(error).__name__).strip("<>")[:160]
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG):
-                raise UserError(f"can't write {folder} ({error.strerror}); free some space or name another folder with "
-                                "--data_root") from None
-        if not damaged():
-            return
-        if attempt + 1 < attempts:
-            time.sleep(2 ** attempt)
-    raise UserError(f"{title} can't be downloaded ({reason}; {attempts} attempts): connect to a network, name a folder "
-                    f"that has {hint} with --data_root, or use --dataset digits, which needs no download", NO_NETWORK)
-
-
-def provide(world: World | None, own: bool, title: str, megabytes: int, folder: Path,
-            damaged: Callable[[], list[Path]], fetch: Callable[[], Any], hint: str) -> None:
-    """Download what is missing, once for all processes; damaged files in a folder of the user's `own` stay."""
-    if world is None or world.main:
-        bad = damaged()
-        if own and any(path.exists() for path in bad):
-            names = ", ".join(path.name for path in bad if path.exists())
-            raise UserError(f"{folder}: {names} is truncated or not {title}'s file (md5 differs): delete it, and it is "
-                            "downloaded again")
-        if bad:
-            download(title, megabytes, folder, damaged, fetch, hint)
-    if world is not None:
-        world.wait()
-
-
-def load_mnist(root: Path | None, _size: int | None, world: World | None = None) -> Images:
-    """The 60,000 + 10,000 handwritten digits, [1 28 28]; downloaded unless the user names a folder of their own."""
-    from torchvision.datasets import MNIST
-    given, root, own = root is not None, root or HERE / "data", os.environ.get("MNIST_MIRROR")
-    only = own and os.environ.get("MNIST_MIRROR_ONLY") == "1"
-    mirrors = ([own.rstrip("/") + "/"] if own else []) + ([] if only else list(MNIST.mirrors))
-    source = type("MNIST", (MNIST,), {"mirrors": mirrors})  # torchvision names the folder after the class
-    raw = root / "MNIST" / "raw"
-    provide(world, given, "MNIST", 12, raw, lambda: damaged_files(raw, MNIST_MD5),
-            lambda: source(str(root), download=True), "MNIST/raw/*-ubyte")
-    train, test = (MNIST(str(root), train=part, download=False) for part in (True, False))
-    return Images("mnist", train.data[:, None], train.targets, test.data[:, None], test.targets, list("0123456789"),
-                  "MNIST")
-
-
-def load_cifar10(root: Path | None, _size: int | None, world: World | None = None) -> Images:
-    """The 50,000 + 10,000 small photographs of ten kinds of things, [3 32 32]; downloaded as MNIST is."""
-    from torchvision.datasets import CIFAR10
-    return load_cifar(CIFAR10, "cifar10", "CIFAR-10", root, world)
-
-
-def load_cifar100(root: Path | None, _size: int | None, world: World | None = None) -> Images:
-    """As many photographs of a hundred other kinds of things."""
-    from torchvision.datasets import CIFAR100
-    return load_cifar(CIFAR100, "cifar100", "CIFAR-100", root, world)
-
-
-def load_cifar(source: Any, name: str, title: str, root: Path | None, world: World | None) -> Images:
-    """torchvision's `source`, whose files are pickles: their md5 sums are checked before any is opened."""
-    given, root = root is not None, root or HERE / "data"
-    folder, archive = root / source.base_folder, root / source.filename
-    sums = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
-
-    def fetch() -> None:
-        source(str(root), download=True)
-        archive.unlink()
-
-    provide(world, given, title, 170, folder, lambda: damaged_files(folder, sums), fetch, source.base_folder)
-    train, test = (source(str(root), train=part) for part in (True, False))
-    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
-    return Images(name, pixels[0], torch.tensor(train.targets), pixels[1], torch.tensor(test.targets),
-                  list(train.classes), title)
-
-
-def load_digits(root: Path | None, _size: int | None, _world: World | None = None) -> Images:
-    """scikit-learn's 1,797 handwritten digits, [1 8 8], 17 grey levels; a fixed stratified fifth is held out."""
-    if root is not None:
-        raise UserError("--data_root has no effect with --dataset digits, which scikit-learn holds: leave it out", 2)
-    from sklearn.datasets import load_digits as read
-    from sklearn.model_selection import train_test_split
-    images, labels = read(return_X_y=True)
-    images = torch.from_numpy(images.reshape(-1, 1, 8, 8) * (255 / 16)).round().to(torch.uint8)
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    labels = torch.from_numpy(labels).long()
-    return Images("digits", images[train], labels[train], images[test], labels[test], list("0123456789"),
-                  "digits (scikit-learn)")
-
-
-def open_image(path: Path) -> Any:
-    """A PIL image in mode L or RGB: 16-bit scaled, palette expanded, first frame of an animation, alpha on white."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it remarks on odd metadata; what can't be read is an error all the same
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)
-                image.load()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if not path.is_file():
-            raise UserError(f"{path} is not a file: name an image file") from None
-        reason = "no image format is recognised in it" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{path} can't be read as an image ({reason}): repair or remove it") from None
-    if image.mode.startswith("I") or image.mode == "F":
-        levels = np.asarray(image, dtype=np.float64)
-        scale = 257 if image.mode.startswith("I;16") or levels.max(initial=0) > 255 else 1
-        return Image.fromarray(np.clip(levels / scale, 0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "P") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-        red, green, blue = image.split()
-        return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
-
-
-def read_image_folder(folder: Path, size: int) -> tuple[list[np.ndarray], list[str]]:
-    """All pictures below `folder`, centre-cropped to a square and resized: arrays [H W] or [H W 3], labels by
-    sub-folder ("" when a picture lies in `folder` itself)."""
-    from PIL import ImageOps
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    arrays = [np.asarray(ImageOps.fit(open_image(path), (size, size))) for path in paths]
-    return arrays, [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
-
-
-def load_folder(root: Path | None, size: int | None, _world: World | None = None) -> Images:
-    """A folder of one's own pictures. Sub-folders are labels. `train/` and `test/` inside it are taken as the split,
-    otherwise a tenth, drawn with a fixed seed, is held out. Colour if any picture has colour, else grey."""
-    if root is None:
-        raise UserError("--dataset folder needs --data_root DIR, the folder with your images", 2)
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder: --data_root takes the folder with your images")
-    size = size or 32
-    split = (root / "train").is_dir() and (root / "test").is_dir()
-    arrays, labels = read_image_folder(root / "train" if split else root, size)
-    held_out, held_labels = read_image_folder(root / "test", size) if split else ([], [])
-    if len(arrays) < 2 or (split and not held_out):
-        raise UserError(f"{root} holds {len(arrays) + len(held_out)} image(s) ({', '.join(sorted(IMAGE_SUFFIXES))}): "
-                        "at least two are needed, one to train on and one to hold out")
-    classes = sorted(set(labels))
-    if unknown := set(held_labels) - set(classes):
-        raise UserError(f"{root / 'test'} has the class {min(unknown)!r} that {root / 'train'} lacks: make them agree")
-    depth = 3 if any(a.ndim == 3 for a in arrays + held_out) else 1
-
-    def stack(items: list[np.ndarray]) -> Tensor:
-        planes = [np.broadcast_to(a[..., None] if a.ndim == 2 else a, (size, size, depth)) for a in items]
-        return torch.from_numpy(np.stack(planes)).permute(0, 3, 1, 2).contiguous()
-
-    images, targets = stack(arrays), torch.tensor([classes.index(name) for name in labels])
-    if split:
-        return Images("folder", images, targets, stack(held_out),
-                      torch.tensor([classes.index(name) for name in held_labels]), classes,
-                      root.resolve().name)
-    order = some_rows(images, len(images))
-    train, test = order[max(1, len(images) // 10):], order[:max(1, len(images) // 10)]
-    return Images("folder", images[train], targets[train], images[test], targets[test], classes, root.resolve().name)
-
-
-def some_rows(images: Tensor, count: int) -> Tensor:
-    """Numbers of `count` images, drawn with a fixed seed: the first ones of a file are rarely typical (MNIST's test
-    set begins with its cleaner half)."""
-    return torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-
-
-DATASETS: dict[str, Callable[..., Images]] = {"mnist": load_mnist, "cifar10": load_cifar10,
-                                              "cifar100": load_cifar100, "digits": load_digits, "folder": load_folder}
+def seed32(*numbers: int) -> int:
+    """Mix integers into one 32-bit seed. (torch's CPU generator uses only the low 32 bits of a seed, so that
+    plain sums or shifts would make streams collide.)"""
+    return int(np.random.SeedSequence([n & 0xFFFFFFFFFFFFFFFF for n in numbers]).generate_state(1)[0])
 
 
 class Draw:
@@ -515,14 +164,8 @@ class Draw:
         return torch.rand(self.total, *shape, generator=self.generator)[self.rows].to(self.device)
 
 
-class Batch(NamedTuple):
-    images: Tensor  # [B C H W] in [-1, 1]
-    labels: Tensor  # [B] int64
-    draw: Draw
-
-
-class ImageNoise:
-    """Noise for a list of image numbers: image i of seed s gets the same numbers in a batch of any size."""
+class Noise:
+    """Noise for a list of sample numbers: sample i of seed s gets the same numbers in a batch of any size."""
 
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
         self.generators = [torch.Generator().manual_seed(seed32(seed, int(i), 1)) for i in indices]
@@ -535,7 +178,194 @@ class ImageNoise:
         """[B *shape] from N(0, 1); each call goes on where the last one ended."""
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
 
-# === building blocks ===
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float [-1, 1]"""
+    return images.float().div_(127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [-1, 1] -> uint8 [0, 255], rounded to the nearest level as a saved picture is"""
+    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+# === what models have in common ===
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Options of every family. Groups `optimisation` and `model` belong to training and are read from the checkpoint
+    afterwards; `sampling` may be changed at any time."""
+    epochs: int = option(20, "optimisation", "passes over the training set", number(int, 1))
+    batch_size: int = option(64, "optimisation", "images per step, over all processes", number(int, 1))
+    learning_rate: float = option(1e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
+    weight_decay: float = option(0.01, "optimisation", "of AdamW", number(float, 0))
+    warmup_steps: int = option(200, "optimisation", "steps of linear warm-up", number(int, 0))
+    decay_fraction: float = option(0.6, "optimisation", "last part of the run, over which the rate falls linearly to 0",
+                                   number(float, 0, 1))
+    ema_decay: float = option(0.999, "optimisation", "of the exponential moving average of the weights",
+                              number(float, 0, 0.999999))
+    grad_clip: float = option(1.0, "optimisation", "largest norm of a gradient", number(float, 0, open_low=True))
+    save_every: int = option(500, "optimisation", "steps between checkpoints inside an epoch", number(int, 1))
+    seed: int = option(0, "run", "seed of everything random", number(int, 0, 2 ** 63 - 1))
+
+    def rate(self, step: int, total: int) -> float:
+        """Share of the learning rate: linear warm-up, a plateau, linear decay to zero at the end of the run."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return min(warm, max(0.0, (total - step) / total / self.decay_fraction) if self.decay_fraction else 1.0)
+
+
+class Family(nn.Module, abc.ABC):
+    """What the machine room knows of a model; nothing else asks what it is. `config_class` is the frozen dataclass of a
+    family's options, `options` names the dataclass of what each mode can be told beside."""
+    config_class: type
+    options: dict[str, type]
+    results_folder = ""  # below results/
+    can_sample = True  # whether it is what --mode infer and evaluate take unless told otherwise
+    descends = True  # whether the loss is to fall: if so, one that explodes stops the run
+    held_out_count = 1000  # held-out examples that are looked at after each epoch
+    betas = (0.9, 0.99)  # AdamW's memory of gradients and of their squares
+    fixed: dict[str, tuple] = {}  # options that are gone, and the values that a file which has them may hold
+
+    def __init__(self, config: Any, data: DataInfo) -> None:
+        super().__init__()
+        self.config, self.data = config, data
+        self.precision = torch.float32
+
+    @classmethod
+    def file_name(cls, _data: DataInfo | None) -> str:
+        """Of its checkpoint in models/; a pattern for all of them where the data are not known."""
+        return FILE_NAME.format(family_name(cls))
+
+    def cast(self) -> Any:
+        """The autocast region of the forward passes, in the precision that the run has chosen."""
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.precision is torch.bfloat16)
+
+    def players(self) -> dict[str, nn.Module]:
+        """Sub-modules that have an optimizer of their own."""
+        return {"model": self}
+
+    def optimizer(self, player: nn.Module) -> torch.optim.Optimizer:
+        config, fused = self.config, next(player.parameters()).device.type != "mps"
+        return torch.optim.AdamW(player.parameters(), config.learning_rate, self.betas, fused=fused,
+                                 weight_decay=config.weight_decay)
+
+    def prepare(self, data: Any, device: torch.device) -> None:
+        """Take statistics of the training data, which live in the checkpoint from then on."""
+
+    @abc.abstractmethod
+    def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Yield (player, loss, statistics); the trainer steps that player before it asks for the next."""
+
+    def validate(self, batch: Batch) -> dict[str, float]:
+        """Figures on held-out data; {} where the family has none."""
+        return {}
+
+    def warnings(self, figures: dict[str, Any]) -> list[str]:
+        """What the figures of an epoch (means of statistics, metrics) say against the run, a line each."""
+        return []
+
+    def describe_sampling(self) -> dict[str, Any]:
+        """How samples are made, for figures and records."""
+        return {}
+
+
+class ImageModel(Family):
+    """What is particular to images: a family that `can_sample` draws them, for given classes where it is `labelled`."""
+    labelled = True
+    panel_every = 10  # epochs between pictures of samples (always after the first, the fifth and the last)
+    measures_held_out = False  # whether `validate` measures the model itself: --mode evaluate asks it as well
+
+    def __init__(self, config: Any, data: DataInfo) -> None:
+        super().__init__(config, data)
+        self.labelled = self.labelled and len(data.classes) > 1
+
+    def sample(self, labels: Tensor | None, noise: Noise) -> Tensor:
+        """Draw images [B C H W] in [-1, 1], one for each item of `noise`."""
+        raise UserError(f"a {type(self).__name__} draws no images: use --model {' or '.join(SUBJECT.preferred)}", 2)
+
+
+# === classifier ===
+# The judge before the artists: the simplest family, and the one through whose eyes the others are measured.
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(RunConfig):
+    epochs: int = option(8, "optimisation", "passes over the training set", number(int, 1))
+    learning_rate: float = option(2e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
+    width: int = option(32, "model", "channels of the first convolutions, a multiple of 8", number(int, 8, 1024))
+    features: int = option(128, "model", "width of the layer that the metrics look at", number(int, 2, 4096))
+
+    def __post_init__(self) -> None:
+        if self.width % 8:
+            raise UserError(f"--width {self.width}: must be a multiple of 8", 2)
+
+
+class Classifier(ImageModel):
+    """A small convolutional classifier. Its last hidden layer is the feature space of `fid_<dataset>_cnn` and the
+    other metrics that carry `_cnn` in their name. Group norm and no dropout: the same losses on any number of
+    processes."""
+    config_class = ClassifierConfig
+    results_folder = "classifier"
+    can_sample = False
+    measures_held_out, held_out_count = True, 10_000
+
+    def __init__(self, config: ClassifierConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        if len(data.classes) < 2:
+            raise UserError(f"a classifier needs two or more classes, {data.title} has one: use sub-folders")
+        w, size = config.width, data.image_size
+
+        def convolution(inputs: int, outputs: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU())
+
+        pool = [2 if size >= 8 else 1, 2 if size >= 16 else 1]  # keep at least 4x4 positions
+        size = size // pool[0] // pool[1]
+        self.body = nn.Sequential(
+            convolution(data.channels, w), convolution(w, w), nn.MaxPool2d(pool[0]),
+            convolution(w, 2 * w), convolution(2 * w, 2 * w), nn.MaxPool2d(pool[1]),
+            convolution(2 * w, 4 * w), nn.Flatten(), nn.Linear(4 * w * size * size, config.features), nn.ReLU())
+        self.head = nn.Linear(config.features, len(data.classes))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B C H W] in [-1, 1] -> features [B D], logits [B K]"""
+        features = self.body(x)
+        return features, self.head(features)
+
+    def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Cross-entropy on images that are turned, scaled and shifted a little at random."""
+        angle, scale, shift_x, shift_y = ((batch.draw.uniform(4) * 2 - 1) *
+                                          batch.images.new_tensor([0.175, 0.15, 0.12, 0.12])).unbind(1)
+        cos, sin = angle.cos() * (1 + scale), angle.sin() * (1 + scale)
+        affine = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], 1).view(-1, 2, 3)
+        grid = F.affine_grid(affine, list(batch.images.shape), align_corners=False)
+        x = F.grid_sample(batch.images + 1, grid, align_corners=False) - 1  # outside is -1, black
+        with self.cast():
+            _, logits = self(x.contiguous(memory_format=torch.channels_last))
+        logits = logits.float()
+        yield "model", F.cross_entropy(logits, batch.labels), {
+            "accuracy": (logits.detach().argmax(1) == batch.labels).float().mean()}
+
+    @torch.no_grad()
+    def validate(self, batch: Batch) -> dict[str, float]:
+        _, logits = self(batch.images)
+        return {"val_loss": F.cross_entropy(logits, batch.labels).item(),
+                "val_accuracy": (logits.argmax(1) == batch.labels).float().mean().item()}
+
+    @classmethod
+    def file_name(cls, data: DataInfo | None) -> str:
+        """By the identity of its data, as those of two folders must not be taken for one another."""
+        if data is None or data.dataset != "folder":
+            return f"classifier_{data.dataset if data else '*'}.pt"
+        known = json.dumps([data.classes, data.channels, data.image_size])
+        slug = re.sub(r"[^a-z0-9]+", "-", data.title.lower()).strip("-") or "folder"
+        return f"classifier_{slug[:40]}_{hashlib.sha256(known.encode()).hexdigest()[:8]}.pt"
+
+
+# === diffusion ===
+
+TIMESTEPS = 1000
 
 
 class PositionalEncoding(nn.Module):
@@ -599,48 +429,243 @@ class SelfAttention(nn.Module):
         return x + self.out(mixed.transpose(-1, -2).reshape(b, c, h, w))
 
 
-def over_processes(mean: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, differentiable; every process must come here."""
-    if not torch.distributed.is_initialized():
-        return mean
-    from torch.distributed.nn.functional import all_reduce
-    return all_reduce(mean) / torch.distributed.get_world_size()
+class NoiseSchedule:
+    """x_t = alpha_t * image + sigma_t * noise for t = 0..1000 (float64 [1001]): the straight line from image to noise
+    of [Lipman23], but for a trace of signal (alpha = 0.001) that keeps sigma / alpha finite at its end."""
+
+    def __init__(self) -> None:
+        t = torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS
+        self.alphas, self.sigmas = 1 - 0.999 * t, 0.999 * t
+
+    def times(self, steps: int, sigma_max: float = 80.0, sigma_min: float = 0.02, rho: float = 7.0) -> list[int]:
+        """Decreasing timesteps, the last one above 0: evenly spaced in (sigma/alpha)^(1/rho) as in [Karras22] eq. 5,
+        rounded to the grid; fewer than `steps` where rounding makes two of them meet."""
+        ratio = self.sigmas / self.alphas
+        high, low = (min(max(s, ratio[1].item()), ratio[-1].item()) ** (1 / rho) for s in (sigma_max, sigma_min))
+        wanted = torch.linspace(high, low, steps, dtype=torch.float64) ** rho
+        grid = torch.searchsorted(ratio, wanted * (1 - 1e-9)).clamp(1, TIMESTEPS)
+        return sorted(set(grid.tolist()), reverse=True)
 
 
-class BatchNorm(nn.Module):
-    """Batch norm over the whole batch also where several processes share it (PyTorch's own does so on CUDA only)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(1 + 0.02 * torch.randn(channels))  # [Radford16]
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        means, variances = self.running_mean, self.running_var
-        if not (self.training and torch.distributed.is_initialized()):
-            return F.batch_norm(x, means, variances, self.weight, self.bias, self.training)
-        h = x.float()
-        mean, power = over_processes(torch.stack([h.mean((0, 2, 3)), h.square().mean((0, 2, 3))])).unbind()
-        variance = power - mean.square()
-        with torch.no_grad():
-            count = x.numel() // x.shape[1] * torch.distributed.get_world_size()
-            means.lerp_(mean, 0.1)
-            variances.lerp_(variance * (count / max(1, count - 1)), 0.1)
-        scale = self.weight * (variance + 1e-5).rsqrt()
-        return (h * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+# A sampler is a pure function of (denoise, x, times, schedule): `denoise(x, t)` estimates the clean image [B C H W]
+# from x at timestep t, `x` is x_t at the first of `times`, which decrease and are followed by t = 0.
+Denoiser = Callable[[Tensor, int], Tensor]
 
 
-def pyramid(data: dict, width: int) -> tuple[int, list[int]]:
+def sample_ddim(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule) -> Tensor:
+    """Deterministic: keep the predicted noise, change its amount ([Song21] eq. 12 with zero variance)."""
+    for t, s in zip(times, [*times[1:], 0], strict=True):
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = schedule.alphas[[t, s]].tolist(), schedule.sigmas[[t, s]].tolist()
+        image = denoise(x, t)
+        x = alpha_s * image + sigma_s * ((x - alpha_t * image) / sigma_t)
+    return x
+
+
+def sample_heun(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule) -> Tensor:
+    """Second order: a DDIM step corrected by the noise predicted at its end ([Karras22] algorithm 1, no churn).
+    Takes two evaluations a step, one for the last."""
+    for t, s in zip(times, [*times[1:], 0], strict=True):
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = schedule.alphas[[t, s]].tolist(), schedule.sigmas[[t, s]].tolist()
+        image = denoise(x, t)
+        direction = (x - alpha_t * image) / sigma_t
+        x_next = alpha_s * image + sigma_s * direction
+        if s:
+            change = (x_next - alpha_s * denoise(x_next, s)) / sigma_s - direction
+            x_next = x_next + 0.5 * (sigma_s - alpha_s / alpha_t * sigma_t) * change
+        x = x_next
+    return x
+
+
+def sample_dpm(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule) -> Tensor:
+    """DPM-Solver++(2M): second order from one evaluation a step, by the denoised image of the step before
+    ([Lu22] algorithm 2); the first and the last step are of first order."""
+    logsnr = (schedule.alphas / schedule.sigmas.clamp(min=1e-12)).log()
+    previous, previous_h = None, 0.0
+    for t, s in zip(times, [*times[1:], 0], strict=True):
+        alpha_s, sigma_t, sigma_s = (v.item() for v in (schedule.alphas[s], schedule.sigmas[t], schedule.sigmas[s]))
+        h = (logsnr[s] - logsnr[t]).item()
+        image = denoise(x, t)
+        if previous is None or s == 0:
+            estimate = image
+        else:
+            ratio = h / (2 * previous_h)
+            estimate = (1 + ratio) * image - ratio * previous
+        x = sigma_s / sigma_t * x - alpha_s * math.expm1(-h) * estimate
+        previous, previous_h = image, h
+    return x
+
+
+SAMPLERS = {"ddim": sample_ddim, "heun": sample_heun, "dpm++": sample_dpm}
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(RunConfig):
+    channels: int = option(80, "model", "width at the highest resolution, a multiple of 16", number(int, 16, 1024))
+    levels: int = option(2, "model", "resolutions; the width doubles at each", number(int, 1, 5))
+    blocks: int = option(2, "model", "residual blocks per level, each way", number(int, 1, 16))
+    label_dropout: float = option(0.1, "model", "share of training images whose label is hidden, for guidance",
+                                  number(float, 0, 1))
+    sampler: str = option("dpm++", "sampling", "ddim, heun or dpm++ (2M)", choices=tuple(SAMPLERS))
+    steps: int = option(20, "sampling", "sampling steps", number(int, 1, TIMESTEPS))
+    guidance: float = option(1.25, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none and costs nothing, "
+                             "other values double the work", number(float, 0, 100))
+
+    def __post_init__(self) -> None:
+        if self.channels % 16:
+            raise UserError(f"--channels {self.channels}: must be a multiple of 16", 2)
+        if self.steps is None or self.sampler == "ddpm":  # so do older files say; ddpm is no more
+            object.__setattr__(self, "steps", self.steps or 20)  # the way to set a field of a frozen dataclass
+            object.__setattr__(self, "sampler", "dpm++" if self.sampler == "ddpm" else self.sampler)
+
+
+class DiffusionModel(ImageModel):
+    """A U-Net that predicts the flow noise - image from x_t, time and class label.
+
+    Works on 2x2 pixel blocks (pixel-unshuffle): half the resolution with four times the channels, which on a CPU is
+    several times faster. Deviations from [Ho20]: that door; attention at the lowest level only; no dropout.
+    """
+    config_class = DiffusionConfig
+    fixed = {"objective": ("flow",), "schedule": (None, "straight")}
+
+    def __init__(self, config: DiffusionConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        if data.image_size % 2 ** config.levels:
+            raise UserError(f"images of {data.image_size} pixels can't be halved --levels {config.levels} times: "
+                            f"use an --image_size divisible by {2 ** config.levels}, or fewer levels", 2)
+        widths = [config.channels * 2 ** level for level in range(config.levels)]
+        embedding, pixels = 256, 4 * data.channels
+        self.classes = len(data.classes) if len(data.classes) > 1 else 0
+        self.time = nn.Sequential(PositionalEncoding(config.channels), nn.Linear(config.channels, embedding), nn.SiLU(),
+                                  nn.Linear(embedding, embedding))
+        self.label = nn.Embedding(self.classes + 1, embedding)  # the last row stands for "no label"
+
+        def blocks(width: int, inputs: int) -> nn.ModuleList:
+            return nn.ModuleList(ResidualBlock(inputs, width, embedding) for _ in range(config.blocks))
+
+        self.enter = nn.Conv2d(pixels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(blocks(width, width) for width in widths)
+        self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths))
+        self.attention = SelfAttention(widths[-1])
+        self.middle = ResidualBlock(widths[-1], widths[-1], embedding)
+        self.up_blocks = nn.ModuleList(blocks(width, 2 * width) for width in reversed(widths))
+        self.ups = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for b, a in itertools.pairwise(reversed(widths)))
+        self.norm = group_norm(widths[0])
+        self.leave = zeroed(nn.Conv2d(widths[0], pixels, 3, padding=1))
+        self.noise_schedule = NoiseSchedule()
+        for name in ("alphas", "sigmas"):
+            self.register_buffer(name, getattr(self.noise_schedule, name).float(), persistent=False)
+
+    def forward(self, x: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+        """x_t [B C H W], times [B] in 1..1000, labels [B] in 0..K (K: none) -> the flow, [B C H W]."""
+        embedding = F.silu(self.time(times) + self.label(labels))
+        h = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)  # [B 4C H/2 W/2]
+        h, skips = self.enter(h), []
+        for level, level_blocks in enumerate(self.down_blocks):
+            if level:
+                h = self.downs[level - 1](h)
+            for block in level_blocks:
+                h = block(h, embedding)
+                skips.append(h)
+        h = self.middle(self.attention(h), embedding)
+        for level, level_blocks in enumerate(self.up_blocks):
+            if level:
+                h = F.pixel_shuffle(self.ups[level - 1](h), 2).contiguous(memory_format=torch.channels_last)
+            for block in level_blocks:
+                h = block(torch.cat([h, skips.pop()], 1), embedding)
+        return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)
+
+    def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Mean squared error of the predicted flow ([Lipman23] eq. 23) at random times."""
+        times = self.visited_times(batch.draw.uniform())
+        hidden = batch.draw.uniform() < self.config.label_dropout
+        labels = batch.labels.masked_fill(hidden, self.classes) if self.classes else torch.zeros_like(batch.labels)
+        x, flow = self.noisy(batch, times)
+        with self.cast():
+            prediction = self(x, times, labels)
+        yield "model", F.mse_loss(prediction.float(), flow), {}
+
+    def visited_times(self, share: Tensor) -> Tensor:
+        """Timesteps 1..1000 at the given quantiles (0..1) of the logit-normal distribution that training visits: more
+        of the middle, where there is most to learn ([Esser24])."""
+        return (torch.special.ndtri(share).sigmoid() * TIMESTEPS).long().clamp(0, TIMESTEPS - 1) + 1
+
+    def noisy(self, batch: Batch, times: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and the flow."""
+        noise = batch.draw.normal(*batch.images.shape[1:])
+        alpha, sigma = (s[times][:, None, None, None] for s in (self.alphas, self.sigmas))
+        return alpha * batch.images + sigma * noise, noise - batch.images
+
+    @torch.no_grad()
+    def validate(self, batch: Batch) -> dict[str, float]:
+        """Held-out loss over the times that training visits, also by quarter of them (0: cleanest, 3: noisiest)."""
+        times = self.visited_times((torch.arange(len(batch.images), device=batch.images.device) + 0.5)
+                                   / len(batch.images))
+        x, flow = self.noisy(batch, times)
+        with self.cast():
+            prediction = self(x, times, batch.labels if self.classes else torch.zeros_like(batch.labels))
+        errors = (prediction.float() - flow).square().flatten(1).mean(1)
+        quarters = {f"t{i}_val_loss": quarter.mean().item() for i, quarter in enumerate(errors.tensor_split(4))
+                    if len(quarter)}
+        return {"val_loss": errors.mean().item()} | quarters
+
+    def denoiser(self, labels: Tensor | None, count: int) -> Denoiser:
+        """The function that samplers call: the guided estimate of the clean image, clipped to [-1, 1]."""
+        device, scale = self.alphas.device, self.config.guidance
+        nothing = torch.full((count,), self.classes, device=device)
+        labels = nothing if labels is None or not self.classes else labels
+        guided = scale != 1 and labels is not nothing
+
+        def denoise(x: Tensor, t: int) -> Tensor:
+            times = torch.full((count,), t, device=device)
+            if guided:
+                both = self(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, nothing])).float()
+                with_label, without = both.chunk(2)
+                flow = without + scale * (with_label - without)
+            else:
+                flow = self(x, times, labels).float()
+            alpha, sigma = self.noise_schedule.alphas[t].item(), self.noise_schedule.sigmas[t].item()
+            return ((x - sigma * flow) / (alpha + sigma)).clamp(-1, 1)  # both equations, solved for the image
+
+        return denoise
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor | None, noise: Noise,
+               watch: Callable[[int, Tensor, Tensor], None] = lambda *_: None) -> Tensor:
+        """`watch` is told of each look that the sampler takes: t, x_t and the estimate of the image, [B C H W]."""
+        times, size = self.noise_schedule.times(self.config.steps), self.data.image_size
+        denoise = self.denoiser(labels, len(noise))
+
+        def watched(x: Tensor, t: int) -> Tensor:
+            estimate = denoise(x, t)
+            watch(t, x, estimate)
+            return estimate
+
+        # x_t but for its trace of signal (alpha is about 0.01); on the straight path sigma is 0.988 there, not 1
+        x = self.noise_schedule.sigmas[times[0]].item() * noise.normal(self.data.channels, size, size)
+        with self.cast():
+            return SAMPLERS[self.config.sampler](watched, x, times, self.noise_schedule)
+
+    def describe_sampling(self) -> dict[str, Any]:
+        steps = len(self.noise_schedule.times(self.config.steps))
+        guided = self.classes > 0 and self.config.guidance != 1
+        evaluations = (2 * steps - 1 if self.config.sampler == "heun" else steps) * (1 + guided)
+        return {"sampler": self.config.sampler, "steps": steps, "guidance": self.config.guidance,
+                "network_evaluations": evaluations}
+
+
+# === convolutions between image and code ===
+# Shared by the VAE and the GAN.
+
+
+def pyramid(data: DataInfo, width: int) -> tuple[int, list[int]]:
     """(side of the coarsest feature map, channels from it up to the image): 28 pixels -> 7, [2 width, width, C]."""
-    side, levels = data["image_size"], 0
+    side, levels = data.image_size, 0
     while side > 4 and side % 2 == 0:
         side, levels = side // 2, levels + 1
     if side > 16:
-        raise UserError(f"images of {data['image_size']} pixels can't be halved down to 16 or fewer: use an "
+        raise UserError(f"images of {data.image_size} pixels can't be halved down to 16 or fewer: use an "
                         "--image_size divisible by a higher power of two", 2)
-    return side, [width * 2 ** min(level, 3) for level in reversed(range(levels))] + [data["channels"]]
+    return side, [width * 2 ** min(level, 3) for level in reversed(range(levels))] + [data.channels]
 
 
 def convolved(channels: int, convs: int, norm: Callable[[int], nn.Module], activation: nn.Module) -> list[nn.Module]:
@@ -663,363 +688,6 @@ def upward(widths: Sequence[int], convs: int, norm: Callable[[int], nn.Module], 
     return nn.Sequential(*(layer for a, b in itertools.pairwise(widths) for layer in (
         norm(a), activation, *convolved(a, convs, norm, activation),
         nn.ConvTranspose2d(a, b, 4, stride=2, padding=1))))
-
-
-class Family(nn.Module, abc.ABC):
-    """What the trainer, the checkpoints and the command line know of a model; nothing else asks what it is.
-
-    Subclasses set `config_class`, `checkpoint_name` (default file in models/) and `results_folder` (below results/).
-    """
-    config_class: type
-    checkpoint_name: str
-    results_folder: str
-    can_sample = True
-    tasks: tuple[str, ...] = ("sample", "interpolate")  # of --mode infer
-    labelled = True  # whether images are drawn for given classes, where the data has any
-    panel_every = 10  # epochs between pictures of samples (always after the first, the fifth and the last)
-    descends = True  # whether the loss is to fall: if so, one that explodes stops the run
-    measures_held_out = False  # whether `validate` measures the model itself: then on all test images, if not too many
-
-    def __init__(self, config: Any, data: dict) -> None:
-        super().__init__()
-        self.config, self.data = config, data
-        self.labelled = self.labelled and len(data["classes"]) > 1
-        self.precision = torch.float32
-
-    def cast(self) -> Any:
-        """The autocast region of the forward passes, in the precision that the run has chosen."""
-        device = next(self.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.precision is torch.bfloat16)
-
-    def players(self) -> dict[str, nn.Module]:
-        """Sub-modules that have an optimizer of their own."""
-        return {"model": self}
-
-    def compilable(self) -> list[nn.Module]:
-        return list(self.players().values())
-
-    @abc.abstractmethod
-    def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Yield (player, loss, statistics); the trainer steps that player before it asks for the next."""
-
-    def validate(self, batch: Batch) -> dict[str, float]:
-        """Figures on held-out data; {} where the family has none."""
-        return {}
-
-    def warnings(self, figures: dict[str, Any]) -> list[str]:
-        """What the figures of an epoch (means of statistics, metrics) say against the run, a line each."""
-        return []
-
-    def sample(self, labels: Tensor | None, noise: ImageNoise) -> Tensor:
-        """Draw images [B C H W] in [-1, 1], one for each item of `noise`."""
-        raise UserError(f"a {type(self).__name__} draws no images: use --model " + " or ".join(
-            name for name, family in FAMILIES.items() if family.can_sample))
-
-    def describe_sampling(self) -> dict[str, Any]:
-        """How samples are made, for figures and records."""
-        return {}
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Options of every family. Groups `optimisation` and `model` belong to training and are read from the checkpoint
-    afterwards; `sampling` may be changed at any time."""
-    epochs: int = option(20, "optimisation", "passes over the training set", number(int, 1))
-    batch_size: int = option(64, "optimisation", "images per step, over all processes", number(int, 1))
-    learning_rate: float = option(1e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
-    weight_decay: float = option(0.01, "optimisation", "of AdamW", number(float, 0))
-    adam_beta1: float = option(0.9, "optimisation", "AdamW's memory of gradients", number(float, 0, 0.9999))
-    adam_beta2: float = option(0.99, "optimisation", "AdamW's memory of squared gradients", number(float, 0, 0.999999))
-    warmup_steps: int = option(200, "optimisation", "steps of linear warm-up", number(int, 0))
-    decay_fraction: float = option(0.6, "optimisation", "last part of the run, over which the rate falls linearly to 0",
-                                   number(float, 0, 1))
-    ema_decay: float = option(0.999, "optimisation", "of the exponential moving average of the weights",
-                              number(float, 0, 0.999999))
-    grad_clip: float = option(1.0, "optimisation", "largest norm of a gradient", number(float, 0, open_low=True))
-    save_every: int = option(500, "optimisation", "steps between checkpoints inside an epoch", number(int, 1))
-    seed: int = option(0, "run", "seed of everything random", number(int, 0, 2 ** 63 - 1))
-
-
-# === diffusion ===
-
-TIMESTEPS = 1000
-
-
-@dataclass(frozen=True)
-class DiffusionConfig(RunConfig):
-    objective: str = option("flow", "model", "what the network predicts: the noise [Ho20], the velocity "
-                            "alpha*noise - sigma*image [Salimans22], or the flow noise - image [Lipman23]",
-                            choices=("noise", "velocity", "flow"))
-    schedule: str | None = option(None, "model", "signal and noise over time: linear betas [Ho20], cosine [Nichol21], "
-                                  "straight line [Lipman23] (default: straight for flow, else cosine)",
-                                  choices=("linear", "cosine", "straight"))
-    time_sampling: str | None = option(None, "model", "times that training visits: uniform [Ho20] or logit_normal, "
-                                       "more of the middle [Esser24] (default: logit_normal for flow, else uniform)",
-                                       choices=("uniform", "logit_normal"))
-    channels: int = option(80, "model", "width at the highest resolution, a multiple of 16", number(int, 16, 1024))
-    levels: int = option(2, "model", "resolutions; the width doubles at each", number(int, 1, 5))
-    blocks: int = option(2, "model", "residual blocks per level, each way", number(int, 1, 16))
-    label_dropout: float = option(0.1, "model", "share of training images whose label is hidden, for guidance",
-                                  number(float, 0, 1))
-    sampler: str = option("dpm++", "sampling", "ddpm (ancestral), ddim, heun or dpm++ (2M)",
-                          choices=("ddpm", "ddim", "heun", "dpm++"))
-    steps: int | None = option(None, "sampling", "sampling steps (default: 1000 for ddpm, 20 for the others)",
-                               number(int, 1, TIMESTEPS))
-    guidance: float = option(1.25, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none and costs nothing, "
-                             "other values double the work", number(float, 0, 100))
-
-    def __post_init__(self) -> None:
-        if self.channels % 16:
-            raise UserError(f"--channels {self.channels}: must be a multiple of 16", 2)
-
-
-class NoiseSchedule:
-    """x_t = alpha_t * image + sigma_t * noise for t = 0..1000 (float64 [1001]); alpha_0 = 1, sigma_0 = 0."""
-
-    def __init__(self, name: str) -> None:
-        t = torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS
-        if name == "straight":  # ends at alpha = 0.001, so that every objective stays defined at the last step
-            self.alphas, self.sigmas = 1 - 0.999 * t, 0.999 * t
-            return
-        if name == "linear":  # [Ho20] section 4
-            betas = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
-        else:  # [Nichol21] eq. 17, betas clipped at 0.999 as they do
-            signal_power = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = (1 - signal_power[1:] / signal_power[:-1]).clamp(max=0.999)
-        signal_power = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
-        self.alphas, self.sigmas = signal_power.sqrt(), (1 - signal_power).sqrt()
-
-    def times(self, steps: int, sigma_max: float = 80.0, sigma_min: float = 0.02, rho: float = 7.0) -> list[int]:
-        """Decreasing timesteps, the last one above 0: evenly spaced in (sigma/alpha)^(1/rho) as in [Karras22] eq. 5,
-        rounded to the grid; fewer than `steps` where rounding makes two of them meet."""
-        ratio = self.sigmas / self.alphas
-        high, low = (min(max(s, ratio[1].item()), ratio[-1].item()) ** (1 / rho) for s in (sigma_max, sigma_min))
-        wanted = torch.linspace(high, low, steps, dtype=torch.float64) ** rho
-        grid = torch.searchsorted(ratio, wanted * (1 - 1e-9)).clamp(1, TIMESTEPS)
-        return sorted(set(grid.tolist()), reverse=True)
-
-
-# A sampler is a pure function of (denoise, x, times, schedule, noise): `denoise(x, t)` estimates the clean image
-# [B C H W] from x at timestep t, `x` is x_t at the first of `times`, which decrease and are followed by t = 0.
-Denoiser = Callable[[Tensor, int], Tensor]
-
-
-def sample_ddpm(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule,
-                noise: ImageNoise) -> Tensor:
-    """Ancestral sampling: draw from q(x_s | x_t, image) ([Ho20] eq. 6-7, for any pair of times [Kingma21] eq. 25)."""
-    for t, s in zip(times, [*times[1:], 0], strict=True):
-        (a_t, a_s), (n_t, n_s) = schedule.alphas[[t, s]].tolist(), schedule.sigmas[[t, s]].tolist()
-        step_power = n_t ** 2 - (a_t / a_s) ** 2 * n_s ** 2  # variance of q(x_t | x_s)
-        x = (a_t / a_s) * (n_s / n_t) ** 2 * x + a_s * step_power / n_t ** 2 * denoise(x, t)
-        if s:
-            x = x + math.sqrt(step_power) * n_s / n_t * noise.normal(*x.shape[1:])
-    return x
-
-
-def sample_ddim(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule,
-                noise: ImageNoise | None = None) -> Tensor:
-    """Deterministic: keep the predicted noise, change its amount ([Song21] eq. 12 with zero variance)."""
-    for t, s in zip(times, [*times[1:], 0], strict=True):
-        (a_t, a_s), (n_t, n_s) = schedule.alphas[[t, s]].tolist(), schedule.sigmas[[t, s]].tolist()
-        image = denoise(x, t)
-        x = a_s * image + n_s * ((x - a_t * image) / n_t)
-    return x
-
-
-def sample_heun(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule,
-                noise: ImageNoise | None = None) -> Tensor:
-    """Second order: a DDIM step corrected by the noise predicted at its end ([Karras22] algorithm 1, no churn).
-    Takes two evaluations a step, one for the last."""
-    for t, s in zip(times, [*times[1:], 0], strict=True):
-        (a_t, a_s), (n_t, n_s) = schedule.alphas[[t, s]].tolist(), schedule.sigmas[[t, s]].tolist()
-        image = denoise(x, t)
-        direction = (x - a_t * image) / n_t
-        x_next = a_s * image + n_s * direction
-        if s:
-            change = (x_next - a_s * denoise(x_next, s)) / n_s - direction
-            x_next = x_next + 0.5 * (n_s - a_s / a_t * n_t) * change
-        x = x_next
-    return x
-
-
-def sample_dpm(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule,
-               noise: ImageNoise | None = None) -> Tensor:
-    """DPM-Solver++(2M): second order from one evaluation a step, by the denoised image of the step before
-    ([Lu22] algorithm 2); the first and the last step are of first order."""
-    logsnr = (schedule.alphas / schedule.sigmas.clamp(min=1e-12)).log()
-    previous, previous_h = None, 0.0
-    for t, s in zip(times, [*times[1:], 0], strict=True):
-        (a_s, n_t, n_s) = schedule.alphas[s].item(), schedule.sigmas[t].item(), schedule.sigmas[s].item()
-        h = (logsnr[s] - logsnr[t]).item()
-        image = denoise(x, t)
-        if previous is None or s == 0:
-            estimate = image
-        else:
-            ratio = h / (2 * previous_h)
-            estimate = (1 + ratio) * image - ratio * previous
-        x = n_s / n_t * x - a_s * math.expm1(-h) * estimate
-        previous, previous_h = image, h
-    return x
-
-
-SAMPLERS = {"ddpm": sample_ddpm, "ddim": sample_ddim, "heun": sample_heun, "dpm++": sample_dpm}
-
-
-class DiffusionModel(Family):
-    """A U-Net that predicts the noise (or an equivalent target) in x_t, conditioned on time and class label.
-
-    Works on 2x2 pixel blocks (pixel-unshuffle): half the resolution with four times the channels, which on a CPU is
-    several times faster. Deviations from [Ho20]: that door; attention at the lowest level only; no dropout.
-    """
-    config_class = DiffusionConfig
-    checkpoint_name = "diffusion_model.pt"
-    results_folder = ""
-    tasks = (*Family.tasks, "denoise")
-
-    def __init__(self, config: DiffusionConfig, data: dict) -> None:
-        super().__init__(config, data)
-        if data["image_size"] % 2 ** config.levels:
-            raise UserError(f"images of {data['image_size']} pixels can't be halved --levels {config.levels} times: "
-                            f"use an --image_size divisible by {2 ** config.levels}, or fewer levels", 2)
-        widths = [config.channels * 2 ** level for level in range(config.levels)]
-        embedding, pixels = 256, 4 * data["channels"]
-        self.classes = len(data["classes"]) if len(data["classes"]) > 1 else 0
-        self.time = nn.Sequential(PositionalEncoding(config.channels), nn.Linear(config.channels, embedding), nn.SiLU(),
-                                  nn.Linear(embedding, embedding))
-        self.label = nn.Embedding(self.classes + 1, embedding)  # the last row stands for "no label"
-
-        def blocks(width: int, inputs: int) -> nn.ModuleList:
-            return nn.ModuleList(ResidualBlock(inputs, width, embedding) for _ in range(config.blocks))
-
-        self.enter = nn.Conv2d(pixels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(blocks(width, width) for width in widths)
-        self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths))
-        self.attention = SelfAttention(widths[-1])
-        self.middle = ResidualBlock(widths[-1], widths[-1], embedding)
-        self.up_blocks = nn.ModuleList(blocks(width, 2 * width) for width in reversed(widths))
-        self.ups = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for b, a in itertools.pairwise(reversed(widths)))
-        self.norm = group_norm(widths[0])
-        self.leave = zeroed(nn.Conv2d(widths[0], pixels, 3, padding=1))
-        flow = config.objective == "flow"
-        self.noise_schedule = NoiseSchedule(config.schedule or ("straight" if flow else "cosine"))
-        self.time_sampling = config.time_sampling or ("logit_normal" if flow else "uniform")
-        for name in ("alphas", "sigmas"):
-            self.register_buffer(name, getattr(self.noise_schedule, name).float(), persistent=False)
-
-    def forward(self, x: Tensor, times: Tensor, labels: Tensor) -> Tensor:
-        """x_t [B C H W], times [B] in 1..1000, labels [B] in 0..K (K: none) -> the objective's target, [B C H W]."""
-        embedding = F.silu(self.time(times) + self.label(labels))
-        h = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)  # [B 4C H/2 W/2]
-        h, skips = self.enter(h), []
-        for level, level_blocks in enumerate(self.down_blocks):
-            if level:
-                h = self.downs[level - 1](h)
-            for block in level_blocks:
-                h = block(h, embedding)
-                skips.append(h)
-        h = self.middle(self.attention(h), embedding)
-        for level, level_blocks in enumerate(self.up_blocks):
-            if level:
-                h = F.pixel_shuffle(self.ups[level - 1](h), 2).contiguous(memory_format=torch.channels_last)
-            for block in level_blocks:
-                h = block(torch.cat([h, skips.pop()], 1), embedding)
-        return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)
-
-    def _noisy(self, batch: Batch, times: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t and the target of the objective."""
-        noise = batch.draw.normal(*batch.images.shape[1:])
-        alpha, sigma = (s[times][:, None, None, None] for s in (self.alphas, self.sigmas))
-        target = {"noise": lambda: noise, "velocity": lambda: alpha * noise - sigma * batch.images,
-                  "flow": lambda: noise - batch.images}[self.config.objective]()
-        return alpha * batch.images + sigma * noise, target
-
-    def _image(self, x: Tensor, prediction: Tensor, t: int) -> Tensor:
-        """Solve x = alpha * image + sigma * noise and the objective's definition for the image."""
-        alpha, sigma = self.noise_schedule.alphas[t].item(), self.noise_schedule.sigmas[t].item()
-        if self.config.objective == "noise":
-            return (x - sigma * prediction) / max(alpha, 1e-3)
-        if self.config.objective == "velocity":
-            return (alpha * x - sigma * prediction) / (alpha ** 2 + sigma ** 2)
-        return (x - sigma * prediction) / (alpha + sigma)
-
-    def _times(self, share: Tensor) -> Tensor:
-        """Timesteps 1..1000 at the given quantiles (0..1) of the distribution that training visits."""
-        if self.time_sampling == "logit_normal":
-            share = torch.special.ndtri(share).sigmoid()
-        return (share * TIMESTEPS).long().clamp(0, TIMESTEPS - 1) + 1
-
-    def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Mean squared error of the prediction at random times ([Ho20] eq. 14 for the noise objective)."""
-        times = self._times(batch.draw.uniform())
-        hidden = batch.draw.uniform() < self.config.label_dropout
-        labels = batch.labels.masked_fill(hidden, self.classes) if self.classes else torch.zeros_like(batch.labels)
-        x, target = self._noisy(batch, times)
-        with self.cast():
-            prediction = self(x, times, labels)
-        yield "model", F.mse_loss(prediction.float(), target), {}
-
-    @torch.no_grad()
-    def validate(self, batch: Batch) -> dict[str, float]:
-        """Held-out loss over the times that training visits, also by quarter of them (0: cleanest, 3: noisiest)."""
-        times = self._times((torch.arange(len(batch.images), device=batch.images.device) + 0.5) / len(batch.images))
-        x, target = self._noisy(batch, times)
-        with self.cast():
-            prediction = self(x, times, batch.labels if self.classes else torch.zeros_like(batch.labels))
-        errors = (prediction.float() - target).square().flatten(1).mean(1)
-        quarters = {f"val_loss_t{i}": part.mean().item() for i, part in enumerate(errors.tensor_split(4))
-                    if len(part)}
-        return {"val_loss": errors.mean().item()} | quarters
-
-    def denoiser(self, labels: Tensor | None, count: int) -> Denoiser:
-        """The function that samplers call: the guided estimate of the clean image, clipped to [-1, 1]."""
-        device, scale = self.alphas.device, self.config.guidance
-        nothing = torch.full((count,), self.classes, device=device)
-        labels = nothing if labels is None or not self.classes else labels
-        guided = scale != 1 and labels is not nothing
-
-        def denoise(x: Tensor, t: int) -> Tensor:
-            times = torch.full((count,), t, device=device)
-            if guided:
-                both = self(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, nothing])).float()
-                with_label, without = both.chunk(2)
-                prediction = without + scale * (with_label - without)
-            else:
-                prediction = self(x, times, labels).float()
-            return self._image(x, prediction, t).clamp(-1, 1)
-
-        return denoise
-
-    def sampling_times(self) -> list[int]:
-        config = self.config
-        if config.sampler != "ddpm":
-            return self.noise_schedule.times(config.steps or 20)
-        steps = config.steps or TIMESTEPS
-        return torch.linspace(TIMESTEPS, 1, steps).round().long().unique().flip(0).tolist()
-
-    @torch.no_grad()
-    def sample(self, labels: Tensor | None, noise: ImageNoise,
-               watch: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
-        """`watch` is told of each look that the sampler takes: t, x_t and the estimate of the image, [B C H W]."""
-        times, size = self.sampling_times(), self.data["image_size"]
-        denoise = self.denoiser(labels, len(noise))
-
-        def watched(x: Tensor, t: int) -> Tensor:
-            estimate = denoise(x, t)
-            if watch:
-                watch(t, x, estimate)
-            return estimate
-
-        # x_t but for its trace of signal (alpha is about 0.01); on the straight path sigma is 0.988 there, not 1
-        x = self.noise_schedule.sigmas[times[0]].item() * noise.normal(self.data["channels"], size, size)
-        with self.cast():
-            return SAMPLERS[self.config.sampler](watched, x, times, self.noise_schedule, noise)
-
-    def describe_sampling(self) -> dict[str, Any]:
-        steps = len(self.sampling_times())
-        guided = self.classes > 0 and self.config.guidance != 1
-        evaluations = (2 * steps - 1 if self.config.sampler == "heun" else steps) * (1 + guided)
-        return {"sampler": self.config.sampler, "steps": steps, "guidance": self.config.guidance,
-                "network_evaluations": evaluations}
 
 
 # === VAE ===
@@ -1053,25 +721,23 @@ class ResidualLinear(nn.Module):
         return x + self.second(F.silu(self.first(self.norm(x))))
 
 
-class VaeModel(Family):
+class VaeModel(ImageModel):
     """A variational autoencoder ([Kingma14]): q(z|x) and p(x|z) are networks, the prior is N(0, 1).
 
     What it draws is the mean of p(x|z), without the pixel noise of the likelihood."""
     config_class = VaeConfig
-    checkpoint_name = "vae_model.pt"
     results_folder = "vae"
-    tasks = (*Family.tasks, "reconstruct", "traverse", "ood", "latent")
     labelled = False
-    measures_held_out = True
+    measures_held_out, held_out_count = True, 10_000
 
-    def __init__(self, config: VaeConfig, data: dict) -> None:
+    def __init__(self, config: VaeConfig, data: DataInfo) -> None:
         super().__init__(config, data)
-        self.bernoulli = (config.likelihood or ("gaussian", "bernoulli")[data["channels"] == 1]) == "bernoulli"
-        self.pixels = data["channels"] * data["image_size"] ** 2
+        self.bernoulli = (config.likelihood or ("gaussian", "bernoulli")[data.channels == 1]) == "bernoulli"
+        self.pixels = data.channels * data.image_size ** 2
         self.encoder, self.decoder = (self._mlp if config.network == "mlp" else self._convolutions)(config, data)
         self.register_buffer("variance", torch.ones(()))  # of the Gaussian, for data that training does not see
 
-    def _convolutions(self, config: VaeConfig, data: dict) -> tuple[nn.Module, nn.Module]:
+    def _convolutions(self, config: VaeConfig, data: DataInfo) -> tuple[nn.Module, nn.Module]:
         side, widths = pyramid(data, config.width)
         cells = widths[0] * side * side
 
@@ -1083,15 +749,15 @@ class VaeModel(Family):
                 nn.Sequential(nn.Linear(config.latent_dim, cells), nn.Unflatten(1, (widths[0], side, side)),
                               upward(widths, config.convs, norm, nn.SiLU())))
 
-    def _mlp(self, config: VaeConfig, data: dict) -> tuple[nn.Module, nn.Module]:
-        width, size = 8 * config.width, data["image_size"]
+    def _mlp(self, config: VaeConfig, data: DataInfo) -> tuple[nn.Module, nn.Module]:
+        width, size = 8 * config.width, data.image_size
 
         def layers(inputs: int, outputs: int) -> list[nn.Module]:
             return [nn.Linear(inputs, width), *(ResidualLinear(width) for _ in range(config.convs)),
                     nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, outputs)]
 
         return (nn.Sequential(nn.Flatten(), *layers(self.pixels, 2 * config.latent_dim)),
-                nn.Sequential(*layers(config.latent_dim, self.pixels), nn.Unflatten(1, (data["channels"], size, size))))
+                nn.Sequential(*layers(config.latent_dim, self.pixels), nn.Unflatten(1, (data.channels, size, size))))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B C H W] in [-1, 1] -> mean and log variance of q(z|x), [B D] each"""
@@ -1099,23 +765,18 @@ class VaeModel(Family):
             mean, log_variance = self.encoder(x.contiguous(memory_format=torch.channels_last)).float().chunk(2, 1)
         return mean, log_variance.clamp(-12, 12)
 
-    def _decode(self, z: Tensor) -> Tensor:
+    def pixels_given(self, z: Tensor) -> Tensor:
         """[B D] -> logits of the Bernoulli or mean of the Gaussian, [B C H W]"""
         with self.cast():
             return self.decoder(z).float()
 
     def decode(self, z: Tensor) -> Tensor:
         """[B D] -> images in [-1, 1], [B C H W]"""
-        found = self._decode(z)
-        return found.sigmoid() * 2 - 1 if self.bernoulli else found.clamp(-1, 1)
+        pixels = self.pixels_given(z)
+        return pixels.sigmoid() * 2 - 1 if self.bernoulli else pixels.clamp(-1, 1)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x)[0])
-
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B C H W], noise [B D] -> what the decoder says of a code drawn from q(z|x), its mean and log variance"""
-        mean, log_variance = self.encode(x)
-        return self._decode(mean + noise * (log_variance / 2).exp()), mean, log_variance
 
     def bound(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Both parts of the negative ELBO in nats, [B] each: -log p(x|z) at one z, and KL(q(z|x) || p(z)); and the
@@ -1123,16 +784,18 @@ class VaeModel(Family):
         multiplied by the bin's width: a bound on the probability of the levels ([Theis16])."""
         share = batch.draw.uniform(*batch.images.shape[1:])
         x = (share < (batch.images + 1) / 2).float() * 2 - 1 if self.bernoulli else batch.images + (share - 0.5) / 127.5
-        found, mean, log_variance = self(x, batch.draw.normal(self.config.latent_dim))
+        noise = batch.draw.normal(self.config.latent_dim)
+        mean, log_variance = self.encode(x)
+        pixels = self.pixels_given(mean + noise * (log_variance / 2).exp())
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
         if self.bernoulli:
-            return F.binary_cross_entropy_with_logits(found, (x + 1) / 2, reduction="none").flatten(1).sum(1), kl, \
-                self.variance
-        errors = (found - x).square().flatten(1).sum(1)
+            errors = F.binary_cross_entropy_with_logits(pixels, (x + 1) / 2, reduction="none")
+            return errors.flatten(1).sum(1), kl, self.variance
+        errors = (pixels - x).square().flatten(1).sum(1)
         # of the batch at hand: the gradient is that of pixels/2 * log(mean error), the bound at the best variance
         variance = over_processes(errors.detach().mean()) / self.pixels if self.training else self.variance
-        return errors / (2 * variance) + self.pixels * (0.5 * (2 * math.pi * variance).log() + math.log(127.5)), kl, \
-            variance
+        nats = errors / (2 * variance) + self.pixels * (0.5 * (2 * math.pi * variance).log() + math.log(127.5))
+        return nats, kl, variance
 
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The negative ELBO, its KL weighted by beta, in bits per dimension."""
@@ -1151,33 +814,39 @@ class VaeModel(Family):
         return {"val_loss": bits, "val_elbo": -nats, "val_bits_per_dim": bits, "val_kl": kl.mean().item()}
 
     @torch.no_grad()
-    def sample(self, labels: Tensor | None, noise: ImageNoise) -> Tensor:
+    def sample(self, labels: Tensor | None, noise: Noise) -> Tensor:
         return self.decode(noise.normal(self.config.latent_dim))
+
+
+def over_processes(mean: Tensor) -> Tensor:
+    """The mean of a tensor over all processes; every process must come here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(mean)
+        mean = mean / torch.distributed.get_world_size()
+    return mean
 
 
 # === GAN ===
 
 
-GAN_RECIPES = {  # what suits each loss, where the user does not say
-    "dcgan": {"learning_rate": 1e-3, "adam_beta1": 0.5, "adam_beta2": 0.999, "penalty": 0.0},
-    "relativistic": {"learning_rate": 5e-4, "adam_beta1": 0.0, "adam_beta2": 0.99, "penalty": 0.1},
+GAN_RECIPES = {  # what suits each loss; the rate and the penalty are the user's to change
+    "dcgan": {"learning_rate": 1e-3, "penalty": 0.0, "betas": (0.5, 0.999)},
+    "relativistic": {"learning_rate": 5e-4, "penalty": 0.1, "betas": (0.0, 0.99)},
 }
 
 
 @dataclass(frozen=True)
 class GanConfig(RunConfig):
-    learning_rate: float | None = option(None, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
+    learning_rate: float | None = option(None, "optimisation", "peak rate of AdamW (default: 0.0005, with --gan_loss "
+                                         "dcgan 0.001)", number(float, 0, open_low=True))
     weight_decay: float = option(0.0, "optimisation", "of AdamW", number(float, 0))
-    adam_beta1: float | None = option(None, "optimisation", "AdamW's memory of gradients", number(float, 0, 0.9999))
-    adam_beta2: float | None = option(None, "optimisation", "AdamW's memory of squared gradients",
-                                      number(float, 0, 0.999999))
     grad_clip: float = option(10.0, "optimisation", "largest norm of a gradient", number(float, 0, open_low=True))
     gan_loss: str = option("relativistic", "model", "relativistic (pairs of real and drawn, penalties instead of norms "
                            "in the discriminator [Huang24]) or dcgan (non-saturating [Radford16])",
                            choices=tuple(GAN_RECIPES))
     conditional: bool = option(True, "model", "show the class, where the data has classes, to both networks: better by "
                                "far, and --label works")
-    penalty: float | None = option(None, "model", "weight of the relativistic loss's gradient penalties (default 0.1)",
+    penalty: float | None = option(None, "model", "weight of the relativistic loss's gradient penalties (default: 0.1)",
                                    number(float, 0, 1e6))
     latent_dim: int = option(100, "model", "numbers in the code that an image is made from", number(int, 1, 4096))
     width: int = option(64, "model", "channels of the first convolutions, a multiple of 8", number(int, 8, 1024))
@@ -1187,15 +856,30 @@ class GanConfig(RunConfig):
     def __post_init__(self) -> None:
         if self.gan_loss == "dcgan" and self.penalty:
             raise UserError("--penalty belongs to --gan_loss relativistic, not to dcgan", 2)
-        for name, value in GAN_RECIPES[self.gan_loss].items():
+        for name in ("learning_rate", "penalty"):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # the way to set a field of a frozen dataclass while it is made
+                object.__setattr__(self, name, GAN_RECIPES[self.gan_loss][name])
+
+
+class BatchNorm(nn.Module):
+    """Deviation: under torchrun each process normalises by its own rows, so that a network with batch norm learns a
+    little otherwise on another number of processes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.02 * torch.randn(channels))  # [Radford16]
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
 
 class Generator(nn.Module):
     """Noise (and class) -> image, by strided transposed convolutions ([Radford16])."""
 
-    def __init__(self, config: GanConfig, data: dict, classes: int) -> None:
+    def __init__(self, config: GanConfig, data: DataInfo, classes: int) -> None:
         super().__init__()
         side, widths = pyramid(data, config.width)
         self.classes = classes
@@ -1213,7 +897,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Image (and class) -> logit of being real; the class takes part as a direction in feature space ([Miyato18])."""
 
-    def __init__(self, config: GanConfig, data: dict, classes: int) -> None:
+    def __init__(self, config: GanConfig, data: DataInfo, classes: int) -> None:
         super().__init__()
         side, widths = pyramid(data, config.width)
         norm = BatchNorm if config.gan_loss == "dcgan" else nn.Identity
@@ -1236,18 +920,17 @@ def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
     return 0.5 * gradient.square().flatten(1).sum(1).mean()
 
 
-class GanModel(Family):
+class GanModel(ImageModel):
     """Two networks that play against each other ([Good14]): one draws, the other tells drawn images from real ones."""
     config_class = GanConfig
-    checkpoint_name = "gan_model.pt"
     results_folder = "gan"
     panel_every = 5
     descends = False  # what one player wins the other loses: the sum need not fall
 
-    def __init__(self, config: GanConfig, data: dict) -> None:
+    def __init__(self, config: GanConfig, data: DataInfo) -> None:
         super().__init__(config, data)
         self.labelled = self.labelled and config.conditional
-        classes = len(data["classes"]) if self.labelled else 0
+        classes = len(data.classes) if self.labelled else 0
         self.generator, self.discriminator = (kind(config, data, classes) for kind in (Generator, Discriminator))
         self.paired = config.gan_loss == "relativistic"
         if not self.paired:
@@ -1256,12 +939,12 @@ class GanModel(Family):
                     nn.init.normal_(layer.weight, std=0.02)  # [Radford16]
                     nn.init.zeros_(layer.bias)
 
+    @property
+    def betas(self) -> tuple[float, float]:  # type: ignore[override]
+        return GAN_RECIPES[self.config.gan_loss]["betas"]
+
     def players(self) -> dict[str, nn.Module]:
         return {"discriminator": self.discriminator, "generator": self.generator}
-
-    def compilable(self) -> list[nn.Module]:
-        """Compiled code has no second derivative, which the penalties take of the discriminator."""
-        return [self.generator] if self.paired else [self.generator, self.discriminator]
 
     def win(self, logits: Tensor, others: Tensor) -> Tensor:
         """How sure the discriminator is of what `logits` belong to: against zero, or against its partner in a pair."""
@@ -1296,102 +979,515 @@ class GanModel(Family):
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
-        """`d_real` on images that training has not seen. With --gan_loss dcgan it is lower than `d_real` mostly because
-        batch norm uses running statistics here; with the relativistic loss a gap means images known by heart."""
+        """`d_real` on images that training has not seen: much lower there, the discriminator knows them by heart.
+        Batch norm goes by the batch, as in training: its running statistics mix real and drawn images."""
+        judge, training = self.discriminator, self.discriminator.training
+        copies = {name: value.clone() for name, value in judge.state_dict().items()}  # whose statistics may change
+        judge.train()
         with self.cast():
             fake = self.generator(batch.draw.normal(self.config.latent_dim), batch.labels)
-            on_real, on_fake = (self.discriminator(x, batch.labels) for x in (batch.images, fake))
+            on_real, on_fake = (torch.func.functional_call(judge, copies, (x, batch.labels))
+                                for x in (batch.images, fake))
+        judge.train(training)
         return {"val_d_real": self.win(on_real, on_fake).sigmoid().mean().item()}
 
     def warnings(self, figures: dict[str, Any]) -> list[str]:
-        found, other = [], "" if self.paired else " or --gan_loss relativistic"
+        lines, other = [], "" if self.paired else " or --gan_loss relativistic"
         if figures["d_real"] > 0.97 and figures["d_fake"] < 0.03:
-            found.append("the discriminator wins outright, and a generator that always loses learns nothing: try a "
+            lines.append("the discriminator wins outright, and a generator that always loses learns nothing: try a "
                          f"lower --learning_rate{other}")
-        if figures.get("class_share_min", 1) < 0.1 / len(self.data["classes"]):
-            found.append("classes vanish from what is drawn (class_share_min in metrics.jsonl): try another --seed, a "
+        if figures.get("class_share_min", 1) < 0.1 / len(self.data.classes):
+            lines.append("classes vanish from what is drawn (class_share_min in metrics.jsonl): try another --seed, a "
                          f"lower --learning_rate{other}")
-        return found
+        return lines
 
     @torch.no_grad()
-    def sample(self, labels: Tensor | None, noise: ImageNoise) -> Tensor:
+    def sample(self, labels: Tensor | None, noise: Noise) -> Tensor:
         with self.cast():
             return self.generator(noise.normal(self.config.latent_dim), labels)
-
-
-# === classifier ===
-
-
-@dataclass(frozen=True)
-class ClassifierConfig(RunConfig):
-    epochs: int = option(8, "optimisation", "passes over the training set", number(int, 1))
-    learning_rate: float = option(2e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
-    width: int = option(32, "model", "channels of the first convolutions, a multiple of 8", number(int, 8, 1024))
-    features: int = option(128, "model", "width of the layer that the metrics look at", number(int, 2, 4096))
-
-    def __post_init__(self) -> None:
-        if self.width % 8:
-            raise UserError(f"--width {self.width}: must be a multiple of 8", 2)
-
-
-class Classifier(Family):
-    """A small convolutional classifier. Its last hidden layer is the feature space of `fid_<dataset>_cnn` and the
-    other metrics that carry `_cnn` in their name. Group norm and no dropout: the same losses on any number of
-    processes."""
-    config_class = ClassifierConfig
-    checkpoint_name = "classifier_{dataset}.pt"
-    results_folder = "classifier"
-    can_sample = False
-    tasks = ()
-    measures_held_out = True
-
-    def __init__(self, config: ClassifierConfig, data: dict) -> None:
-        super().__init__(config, data)
-        if len(data["classes"]) < 2:
-            raise UserError(f"a classifier needs two or more classes, {data['title']} has one: use sub-folders")
-        w, size = config.width, data["image_size"]
-
-        def convolution(inputs: int, outputs: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU())
-
-        pool = [2 if size >= 8 else 1, 2 if size >= 16 else 1]  # keep at least 4x4 positions
-        size = size // pool[0] // pool[1]
-        self.body = nn.Sequential(
-            convolution(data["channels"], w), convolution(w, w), nn.MaxPool2d(pool[0]),
-            convolution(w, 2 * w), convolution(2 * w, 2 * w), nn.MaxPool2d(pool[1]),
-            convolution(2 * w, 4 * w), nn.Flatten(), nn.Linear(4 * w * size * size, config.features), nn.ReLU())
-        self.head = nn.Linear(config.features, len(data["classes"]))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B C H W] in [-1, 1] -> features [B D], logits [B K]"""
-        features = self.body(x)
-        return features, self.head(features)
-
-    def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Cross-entropy on images that are turned, scaled and shifted a little at random."""
-        angle, scale, shift_x, shift_y = ((batch.draw.uniform(4) * 2 - 1) *
-                                          batch.images.new_tensor([0.175, 0.15, 0.12, 0.12])).unbind(1)
-        cos, sin = angle.cos() * (1 + scale), angle.sin() * (1 + scale)
-        affine = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], 1).view(-1, 2, 3)
-        grid = F.affine_grid(affine, list(batch.images.shape), align_corners=False)
-        x = F.grid_sample(batch.images + 1, grid, align_corners=False) - 1  # outside is -1, black
-        with self.cast():
-            _, logits = self(x.contiguous(memory_format=torch.channels_last))
-        logits = logits.float()
-        yield "model", F.cross_entropy(logits, batch.labels), {
-            "accuracy": (logits.detach().argmax(1) == batch.labels).float().mean()}
-
-    @torch.no_grad()
-    def validate(self, batch: Batch) -> dict[str, float]:
-        _, logits = self(batch.images)
-        return {"val_loss": F.cross_entropy(logits, batch.labels).item(),
-                "val_accuracy": (logits.argmax(1) == batch.labels).float().mean().item()}
 
 
 # === registry ===
 
 FAMILIES: dict[str, type[Family]] = {"diffusion": DiffusionModel, "vae": VaeModel, "gan": GanModel,
                                      "classifier": Classifier}
+HERE = Path(__file__).resolve().parent
+FILE_NAME = "{}_model.pt"
+
+
+def known_fields(kind: type, values: dict) -> dict:
+    """A field that a newer script dropped must not stop an old file from loading."""
+    return {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}
+
+
+def restore_model(state: dict, **changes: Any) -> Family:
+    """The model of a checkpoint with its averaged weights; `changes` replace fields of its config."""
+    family = FAMILIES[state["family"]]
+    try:
+        for name, values in family.fixed.items():
+            if state["config"].get(name, values[0]) not in values:
+                raise ValueError(f"it was made with --{name} {state['config'][name]}, which is no more")
+        config = family.config_class(**known_fields(family.config_class, state["config"]) | changes)
+        model = family(config, DataInfo(**known_fields(DataInfo, state["data"])))
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state["ema"].items()})
+        if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+            raise ValueError("its weights are not finite")
+    except (TypeError, KeyError, RuntimeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"the checkpoint does not fit its own description ({first_line(error)}): it was "
+                        "altered, or written by another version of this script") from None
+    return model.to(memory_format=torch.channels_last)
+
+
+def export_model(model: Family, state: dict, path: Path) -> None:
+    """What is shipped: averaged weights in half precision (statistics of the data keep theirs), description, last
+    figures and origin. Only an earlier export is ever replaced."""
+    replaceable = not os.path.lexists(path)
+    with contextlib.suppress(UserError):
+        replaceable = replaceable or "model" not in load_checkpoint(path)
+    if not replaceable:
+        raise UserError(f"--export {path} would replace another file: name a new one", 2)
+    weights = {name for name, _ in model.named_parameters()}
+    save_checkpoint(path, {key: state[key] for key in ("format", "family", "data", "made")} | {
+        "config": dataclasses.asdict(model.config), "history": [r for r in state["history"] if "epoch" in r][-1:],
+        "ema": {key: v.half() if key in weights else v for key, v in model.state_dict().items()}})
+    say(f"averaged weights in half precision -> {path}")
+
+
+def family_name(family: type[Family]) -> str:
+    return next(name for name, known in FAMILIES.items() if known is family)
+
+
+# === files ===
+
+RESULTS_MARK = ".results"  # lies in folders that were written here, so that nothing in them is taken for data
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, fit for an error message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def say(text: str, stream: Any = None, end: str = "\n") -> None:
+    """Print. A reader that has gone away (`| head`) ends neither a training nor its exit status."""
+    stream = stream or sys.stdout
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def progress(total: int, title: str, hidden: bool = False, **more: Any) -> Any:
+    """A progress bar with rate and time left; in a log file it writes a line a minute instead of a thousand."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        monitor_interval = 0  # no thread for each bar
+
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                super().display(*args, **kwargs)
+            except OSError:
+                say("", sys.stderr)  # which notices that nobody reads it
+
+    if not (sys.stderr and sys.stderr.isatty()):
+        more |= {"mininterval": 60, "maxinterval": 60, "delay": 60, "leave": False,
+                 "bar_format": "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]\n"}
+    return Bar(total=total, desc=title, miniters=1, disable=hidden or sys.stderr is None, **more)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` and move it there once it is whole: readers never see half a file, and
+    a full disk or a kill leaves what stood there before."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"can't write {path} ({error.strerror or error}); any earlier file there is unchanged: "
+                        "free some space or choose another folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def results_folder(folder: Path) -> Path:
+    """Make sure that results can be written there: now, rather than after an hour of training."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: results need a folder")
+    with replacing(folder / RESULTS_MARK) as part:
+        part.write_text("Written by a script: not training data.\n")
+    return folder
+
+
+def lock(path: Path) -> Any:
+    """Hold `path` until this process ends, however it ends; a second one is refused."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = open(path, "w")
+        with contextlib.suppress(ImportError):  # a system without it has no such locks
+            import fcntl
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        reason = "another training holds it" if isinstance(error, BlockingIOError) else error.strerror
+        raise UserError(f"can't take {path} ({reason}): wait, or name another --checkpoint and --results_dir") from None
+    return held
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """NaN and infinities are no JSON: `allow_nan=False` makes them an error instead of a broken file."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def save_checkpoint(path: Path, state: dict, when_whole: Callable[[], None] = lambda: None) -> None:
+    """`state` holds only tensors and plain Python values, so that it can be read with `weights_only=True`."""
+    buffer = io.BytesIO()  # in memory first: a full disk is then an OSError, not a crash inside the zip writer
+    torch.save(state, buffer)
+    with replacing(path) as part:
+        part.write_bytes(buffer.getbuffer())
+        when_whole()
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint of this script on the CPU: never running code that it may hold, its checksums compared."""
+    other = "restore a copy, train again or name another with --checkpoint"
+    try:
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+            warnings.simplefilter("ignore")  # torch remarks on unusual pickles before it refuses them
+            if bad := archive.testzip():
+                raise ValueError(f"the checksum of its {bad} differs")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"no checkpoint at {path} ({error.strerror}): train one with --mode train, or name another "
+                        "file with --checkpoint") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is no plain-tensor checkpoint: it holds pickled objects that could run code, and is "
+                        "not loaded; name another with --checkpoint") from None
+    except Exception as error:  # damaged bytes can make the readers fail in any way
+        raise UserError(f"{path} is truncated, damaged or no checkpoint ({first_line(error)}): {other}") from None
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"{path} was not written by this script: {other}")
+    if state["format"] != SUBJECT.format:
+        raise UserError(f"{path} has format {str(state['format'])!r}, this script reads {SUBJECT.format!r}: use the "
+                        "matching version of the script, or train again")
+    parts = {"family": str, "config": dict, "data": dict, "ema": dict, "history": list, "made": dict, "run": dict}
+    if missing := [name for name, kind in parts.items() if not isinstance(({"run": {}} | state).get(name), kind)]:
+        raise UserError(f"{path} lacks its {', '.join(missing)}, it was altered: {other}")
+    if state["family"] not in FAMILIES:
+        raise UserError(f"{path} holds a model {state['family']!r}, this script knows {', '.join(FAMILIES)}: use the "
+                        "version of the script that wrote it")
+    try:
+        restore_model(state)  # must succeed also where only a run is to be continued
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return state
+
+
+# === datasets ===
+
+MNIST_MD5 = {  # of the unpacked files, so that an interrupted unpacking is noticed as well
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+NO_NETWORK = 3  # exit status that says "the dataset could not be downloaded", and nothing else
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+
+
+@dataclass
+class Images:
+    """A dataset in memory: uint8 [N C H W] with int64 labels [N] (all 0 when there is one class)."""
+    name: str
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    classes: list[str]
+    title: str
+    epoch: int | None = None  # whose order is at hand
+
+    def info(self) -> DataInfo:
+        counts = torch.bincount(self.train_labels, minlength=len(self.classes)).tolist()
+        return DataInfo(self.name, self.title, self.train.shape[1], self.train.shape[-1], self.classes, counts,
+                        len(self.train))
+
+    def describe(self) -> str:
+        return (f"{self.title}: {len(self.train)} training and {len(self.test)} test images of "
+                f"{self.train.shape[-1]} pixels")
+
+    def plan(self, config: RunConfig) -> tuple[int, int]:
+        """(batch size, steps per epoch): an epoch is as many whole batches as there are."""
+        batch_size = min(config.batch_size, len(self.train))
+        return batch_size, len(self.train) // batch_size
+
+    def training_batch(self, config: RunConfig, step: int, draw: Draw) -> Batch:
+        """This process's rows of the batch of a step; each epoch has an order of its own."""
+        batch_size, steps = self.plan(config)
+        epoch, position = divmod(step, steps)
+        if epoch != self.epoch:
+            self.epoch, generator = epoch, torch.Generator().manual_seed(seed32(config.seed, epoch, 7))
+            self.order = torch.randperm(len(self.train), generator=generator)
+            self.train, self.train_labels = self.train.to(draw.device), self.train_labels.to(draw.device)
+        rows = self.order[position * batch_size:][:batch_size][draw.rows].to(draw.device)
+        return Batch(to_float(self.train[rows]), self.train_labels[rows], draw)
+
+    def held_out(self, count: int, device: torch.device) -> Iterator[Batch]:
+        """The first `count` test images."""
+        for rows in torch.arange(min(count, len(self.test))).split(500):
+            yield Batch(to_float(self.test[rows].to(device)), self.test_labels[rows].to(device),
+                        Draw(0, int(rows[0]), len(rows), slice(None), device))
+
+
+def some_rows(images: Tensor, count: int) -> Tensor:
+    """Numbers of `count` images, drawn with a fixed seed: the first ones of a file are rarely typical (MNIST's test
+    set begins with its cleaner half)."""
+    return torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+
+
+def damaged_files(folder: Path, sums: dict[str, str]) -> list[Path]:
+    """Those of the files with known md5 sums that are missing or other than they were."""
+    def md5(path: Path) -> str:
+        return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return [folder / name for name, digest in sums.items() if md5(folder / name) != digest]
+
+
+def download(title: str, megabytes: int, folder: Path, damaged: Callable[[], list[Path]], fetch: Callable[[], Any],
+             hint: str, attempts: int = 3) -> None:
+    """Fetch a dataset with torchvision (md5). Raises `UserError` with code 3 when it can't be reached."""
+    import errno
+    import http.client
+    import socket
+    import tarfile
+    with replacing(folder / ".write_test") as part:
+        part.touch()
+    (folder / ".write_test").unlink()
+    socket.setdefaulttimeout(30)  # torchvision sets none: a stalled connection would hang for ever
+    say(f"{title}: downloading about {megabytes} MB into {folder}")
+    for attempt in range(attempts):
+        for path in damaged():  # torchvision takes any file of the right name for a finished download
+            path.unlink(missing_ok=True)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                fetch()
+            reason = f"the files that arrived are not {title}'s"
+        except (OSError, http.client.HTTPException, RuntimeError, EOFError, ValueError, tarfile.TarError) as error:
+            lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Tried")]
+            reason = (lines[-1] if lines else type(error).__name__).strip("<>")[:160]
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG):
+                raise UserError(f"can't write {folder} ({error.strerror}); free some space or name another folder with "
+                                "--data_root") from None
+        if not damaged():
+            return
+        if attempt + 1 < attempts:
+            time.sleep(2 ** attempt)
+    raise UserError(f"{title} can't be downloaded ({reason}; {attempts} attempts): connect to a network, name a folder "
+                    f"that has {hint} with --data_root, or use --dataset digits, which needs no download", NO_NETWORK)
+
+
+def provide(world: World | None, own: bool, title: str, megabytes: int, folder: Path,
+            damaged: Callable[[], list[Path]], fetch: Callable[[], Any], hint: str) -> None:
+    """Download what is missing, once for all processes; damaged files in a folder of the user's `own` stay."""
+    if world is None or world.main:
+        bad = damaged()
+        if own and any(path.exists() for path in bad):
+            names = ", ".join(path.name for path in bad if path.exists())
+            raise UserError(f"{folder}: {names} is truncated or not {title}'s file (md5 differs): delete it, and it is "
+                            "downloaded again")
+        if bad:
+            download(title, megabytes, folder, damaged, fetch, hint)
+    if world is not None:
+        world.wait()
+
+
+def load_mnist(root: Path | None, world: World | None = None) -> Images:
+    """The 60,000 + 10,000 handwritten digits, [1 28 28]; downloaded unless the user names a folder of their own."""
+    from torchvision.datasets import MNIST
+    own, root, mirror = root is not None, root or HERE / "data", os.environ.get("MNIST_MIRROR")
+    mirrors = [mirror.rstrip("/") + "/", *MNIST.mirrors] if mirror else MNIST.mirrors
+    source = type("MNIST", (MNIST,), {"mirrors": mirrors})  # torchvision names the folder after the class
+    raw = root / "MNIST" / "raw"
+    provide(world, own, "MNIST", 12, raw, lambda: damaged_files(raw, MNIST_MD5),
+            lambda: source(str(root), download=True), "MNIST/raw/*-ubyte")
+    train, test = (MNIST(str(root), train=part, download=False) for part in (True, False))
+    return Images("mnist", train.data[:, None], train.targets, test.data[:, None], test.targets, list("0123456789"),
+                  "MNIST")
+
+
+def load_cifar(name: str, root: Path | None, world: World | None = None) -> Images:
+    """CIFAR-10's or CIFAR-100's 50,000 + 10,000 small photographs, [3 32 32], downloaded as MNIST is. The files are
+    pickles: their md5 sums are checked before any is opened."""
+    from torchvision import datasets
+    source, title = getattr(datasets, name.upper()), name.upper().replace("R1", "R-1")
+    own, root = root is not None, root or HERE / "data"
+    folder, archive = root / source.base_folder, root / source.filename
+    sums = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
+
+    def fetch() -> None:
+        source(str(root), download=True)
+        archive.unlink()
+
+    provide(world, own, title, 170, folder, lambda: damaged_files(folder, sums), fetch, source.base_folder)
+    train, test = (source(str(root), train=part) for part in (True, False))
+    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
+    return Images(name, pixels[0], torch.tensor(train.targets), pixels[1], torch.tensor(test.targets),
+                  list(train.classes), title)
+
+
+def load_digits() -> Images:
+    """scikit-learn's 1,797 handwritten digits, [1 8 8], 17 grey levels; a fixed stratified fifth is held out."""
+    from sklearn.datasets import load_digits as read
+    from sklearn.model_selection import train_test_split
+    images, labels = read(return_X_y=True)
+    images = torch.from_numpy(images.reshape(-1, 1, 8, 8) * (255 / 16)).round().to(torch.uint8)
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    labels = torch.from_numpy(labels).long()
+    return Images("digits", images[train], labels[train], images[test], labels[test], list("0123456789"),
+                  "digits (scikit-learn)")
+
+
+def open_image(path: Path) -> Any:
+    """A PIL image in mode L or RGB: 16-bit scaled, palette expanded, first frame of an animation, alpha on white; float
+    pictures are in 0..1 or in 0..255."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it remarks on odd metadata; what can't be read is an error all the same
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+                image.load()
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if not path.is_file():
+            raise UserError(f"{path} is not a file: name an image file") from None
+        reason = "no image format is recognised in it" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{path} can't be read as an image ({reason}): repair or remove it") from None
+    if image.mode.startswith("I") or image.mode == "F":
+        levels = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(levels).all():
+            raise UserError(f"{path} can't be read as an image (it holds NaN or infinite values): repair or remove it")
+        top = levels.max(initial=0)
+        scale = 1 / 255 if image.mode == "F" and top <= 1 else 257 if image.mode.startswith("I;16") or top > 255 else 1
+        return Image.fromarray(np.clip(levels / scale, 0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "P") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+        red, green, blue = image.split()
+        return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All pictures below `folder`, but for folders that this script wrote. What else lies there is counted and said."""
+    for mark in (folder / RESULTS_MARK, folder.parent / RESULTS_MARK):  # also of train/ and test/ in a marked folder
+        if mark.exists():
+            raise UserError(f"{mark.parent} holds results that a script wrote, not training data: name another folder, "
+                            f"or delete {mark} if you mean to learn from these pictures")
+    paths, others = [], Counter()
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not Path(place, name, RESULTS_MARK).exists())
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                paths.append(path)
+            else:
+                others[path.suffix.lower() or "without suffix" if path.is_file() else "broken link"] += 1
+    if others:
+        say(f"{folder}: left out {', '.join(f'{count} {kind}' for kind, count in others.most_common(8))} (read are "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))})", sys.stderr)
+    return sorted(paths)
+
+
+def read_image_folder(folder: Path, size: int, skip_bad: bool = False) -> tuple[list[np.ndarray], list[str]]:
+    """All pictures below `folder`, centre-cropped to a square and resized: arrays [H W] or [H W 3], labels by
+    sub-folder ("" when a picture lies in `folder` itself)."""
+    from PIL import ImageOps
+    arrays, labels, reasons = [], [], []
+    for path in image_files(folder):
+        try:
+            arrays.append(np.asarray(ImageOps.fit(open_image(path), (size, size))))
+            labels.append(path.relative_to(folder).parts[0] if path.parent != folder else "")
+        except UserError as error:
+            reasons.append(str(error).removesuffix(": repair or remove it"))
+    if reasons:
+        listed = "; ".join(reasons[:5]) + f"; and {len(reasons) - 5} more" * (len(reasons) > 5)
+        if not skip_bad:
+            raise UserError(f"{len(reasons)} picture(s) can't be read: {listed}: repair or remove them, or leave them "
+                            "out with --skip_bad")
+        say(f"{folder}: left out {len(reasons)} picture(s) that can't be read: {listed}", sys.stderr)
+    return arrays, labels
+
+
+def load_folder(root: Path | None, size: int, skip_bad: bool = False) -> Images:
+    """A folder of one's own pictures. Sub-folders are labels. `train/` and `test/` inside it are taken as the split,
+    otherwise a tenth, drawn with a fixed seed, is held out. Colour if any picture has colour, else grey."""
+    if root is None:
+        raise UserError("--dataset folder needs --data_root DIR, the folder with your images", 2)
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: --data_root takes the folder with your images")
+    split = (root / "train").is_dir() and (root / "test").is_dir()
+    arrays, labels = read_image_folder(root / "train" if split else root, size, skip_bad)
+    test_arrays, test_labels = read_image_folder(root / "test", size, skip_bad) if split else ([], [])
+    if len(arrays) < 2 or (split and not test_arrays):
+        raise UserError(f"{root} holds {len(arrays) + len(test_arrays)} image(s) ({', '.join(sorted(IMAGE_SUFFIXES))}):"
+                        " at least two are needed, one to train on and one to hold out")
+    classes = sorted(set(labels))
+    if unknown := set(test_labels) - set(classes):
+        raise UserError(f"{root / 'test'} has the class {min(unknown)!r} that {root / 'train'} lacks: make them agree")
+    depth = 3 if any(a.ndim == 3 for a in arrays + test_arrays) else 1
+
+    def stack(items: list[np.ndarray]) -> Tensor:
+        planes = [np.broadcast_to(a[..., None] if a.ndim == 2 else a, (size, size, depth)) for a in items]
+        return torch.from_numpy(np.stack(planes)).permute(0, 3, 1, 2).contiguous()
+
+    images, targets = stack(arrays), torch.tensor([classes.index(name) for name in labels])
+    title = root.resolve().name
+    if split:
+        return Images("folder", images, targets, stack(test_arrays),
+                      torch.tensor([classes.index(name) for name in test_labels]), classes, title)
+    order = some_rows(images, len(images))
+    train, test = order[max(1, len(images) // 10):], order[:max(1, len(images) // 10)]
+    return Images("folder", images[train], targets[train], images[test], targets[test], classes, title)
+
+
+DATASETS = ("mnist", "cifar10", "cifar100", "digits", "folder")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    dataset: str = option("mnist", "data", "mnist, cifar10 or cifar100 (downloaded), digits (scikit-learn's 1,797, no "
+                          "download) or folder", choices=DATASETS)
+    data_root: Path | None = option(None, "data", "folder with MNIST/raw or cifar-10-batches-py, or with your images, "
+                                    "one sub-folder per label", Path)
+    image_size: int | None = option(None, "data", "side to which images of a folder are cropped and resized (default: "
+                                    "32)", number(int, 4, 1024))
+    skip_bad: bool = option(False, "data", "leave out pictures of a folder that can't be read")
+
+
+def load_images(options: DataOptions, world: World | None = None) -> Images:
+    """The dataset that was asked for, downloaded where it is one to download."""
+    name, root = options.dataset, options.data_root
+    if name == "folder":
+        return load_folder(root, options.image_size or 32, options.skip_bad)
+    if name == "digits":
+        if root is not None:
+            raise UserError("--data_root has no effect with --dataset digits, which is scikit-learn's: leave it out", 2)
+        images = load_digits()
+    else:
+        images = load_mnist(root, world) if name == "mnist" else load_cifar(name, root, world)
+    if options.image_size not in (None, images.train.shape[-1]):
+        raise UserError(f"--image_size is for --dataset folder: {images.title} has {images.train.shape[-1]} pixels", 2)
+    if options.skip_bad:
+        raise UserError(f"--skip_bad is for --dataset folder: {images.title} has no files of its own", 2)
+    return images
+
 
 # === metrics ===
 
@@ -1400,6 +1496,7 @@ INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.
 ALONE = {"sync_on_compute": False}  # rank 0 measures alone: torchmetrics must not wait there for the other processes
 NEIGHBOURS = 3  # k of precision and recall, as in [Kynk19]
 CLASS_FIGURES = ("class_share_min", "class_share_max", "classes_covered", "class_balance")
+EVALUATION_SHARE = 0.1  # of an epoch's work may go into measuring it
 
 
 class Features(NamedTuple):
@@ -1421,24 +1518,23 @@ class FeatureNet:
         vectors, logits = zip(*map(self.apply, images.split(batch)), strict=True)
         return Features(torch.cat(vectors).float().cpu(), torch.cat(logits).float().cpu())
 
+    def describe(self) -> str:
+        return f"{self.name} ({self.digest[:12]})"
 
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
-
-def classifier_net(path: Path, device: torch.device, data: dict) -> FeatureNet:
-    """The feature net `<dataset>_cnn` from a classifier checkpoint of the same kind of images."""
-    state = open_checkpoint(path)
+def classifier_net(path: Path, device: torch.device, data: DataInfo) -> FeatureNet:
+    """The feature net `<dataset>_cnn` from the checkpoint of a classifier of the same classes and kind of images."""
+    state = load_checkpoint(path)
     if state["family"] != "classifier":
         raise UserError(f"{path} holds a {state['family']} model: --classifier takes a --model classifier")
-    for key in ("dataset", "channels", "image_size"):
-        if state["data"][key] != data[key]:
-            raise UserError(f"{path} was trained with {key} {state['data'][key]}, the images have {data[key]}: "
-                            "name a matching one with --classifier")
+    for key in ("channels", "image_size", "classes"):
+        if state["data"][key] != getattr(data, key):
+            known, needed = (str(value)[:60] for value in (state["data"][key], getattr(data, key)))
+            raise UserError(f"{path} was trained with {key} {known}, {data.title} has {needed}: name a matching one "
+                            "with --classifier")
     model = restore_model(state).to(device).eval()
-    name = f"{data['dataset']}_cnn"
-    return FeatureNet(name, model.config.features, file_digest(path), lambda part: model(to_float(part.to(device))),
-                      state["data"]["classes"] == data["classes"])
+    return FeatureNet(f"{state['data']['dataset']}_cnn", model.config.features, file_digest(path),
+                      lambda images: model(to_float(images.to(device))), True)
 
 
 def inception_net(weights: Path | None, device: torch.device) -> FeatureNet:
@@ -1463,11 +1559,37 @@ def inception_net(weights: Path | None, device: torch.device) -> FeatureNet:
         raise UserError(f"{where} ({first_line(error)}): download {INCEPTION_URL} where there is a "
                         "network and name the file with --inception_weights") from None
 
-    def apply(part: Tensor) -> tuple[Tensor, Tensor]:
-        part = part.to(device)
-        return net._torch_fidelity_forward(part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part)
+    def apply(images: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.to(device)
+        return net._torch_fidelity_forward(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
 
     return FeatureNet("inception", 2048, digest, apply, False)
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    fid_features: str = option("auto", "evaluation", "feature net: cnn (our classifier for the dataset) or inception; "
+                               "auto: cnn", choices=("auto", "cnn", "inception"))
+    inception_weights: Path | None = option(None, "evaluation", "file with the Inception weights, for offline machines",
+                                            Path)
+    classifier: Path | None = option(None, "evaluation", "checkpoint of --model classifier for the metrics; by default "
+                                     "the shipped one for the dataset, else the one in models/ for its classes", Path)
+
+
+def find_feature_net(options: MeasureOptions, data: DataInfo, device: torch.device) -> tuple[FeatureNet | None, str]:
+    """The feature net that was asked for, or the classifier that fits the data; else None and the reason."""
+    if options.fid_features == "inception":
+        return inception_net(options.inception_weights, device), ""
+    if options.inception_weights:
+        raise UserError("--inception_weights belongs to --fid_features inception", 2)
+    usual = (SUBJECT.shipped("classifier", data.dataset), HERE / "models" / Classifier.file_name(data))
+    for path in [options.classifier] if options.classifier else [path for path in usual if path.exists()]:
+        return classifier_net(path, device, data), ""
+    reason = (f"no classifier for {data.title}: train one with --model classifier --dataset {data.dataset}"
+              ", or use --fid_features inception")
+    if options.fid_features == "cnn":
+        raise UserError(reason)
+    return None, reason
 
 
 def frechet_distance(estimate: Tensor, reference: Tensor) -> float:
@@ -1523,12 +1645,12 @@ def precision_recall(estimate: Tensor, reference: Tensor) -> tuple[float, float]
     its third neighbour ([Kynk19])."""
 
     def radii(points: Tensor) -> Tensor:
-        return torch.cat([torch.cdist(part, points).kthvalue(NEIGHBOURS + 1, dim=1).values
-                          for part in points.split(1000)])  # + 1: each point is its own nearest
+        return torch.cat([torch.cdist(rows, points).kthvalue(NEIGHBOURS + 1, dim=1).values
+                          for rows in points.split(1000)])  # + 1: each point is its own nearest
 
     def covered(points: Tensor, centres: Tensor) -> float:
         reach = radii(centres)
-        inside = [(torch.cdist(part, centres) <= reach).any(1) for part in points.split(1000)]
+        inside = [(torch.cdist(rows, centres) <= reach).any(1) for rows in points.split(1000)]
         return torch.cat(inside).float().mean().item()
 
     return covered(estimate, reference), covered(reference, estimate)
@@ -1536,9 +1658,9 @@ def precision_recall(estimate: Tensor, reference: Tensor) -> tuple[float, float]
 
 def nearest_distance(images: Tensor, train: Tensor) -> Tensor:
     """Euclidean pixel distance (levels 0..255) of each image to the nearest training image: uint8 -> [N]."""
-    rows, columns = images.flatten(1).float(), train.flatten(1).float()
+    images, columns = images.flatten(1).float(), train.flatten(1).float()
     lengths = columns.square().sum(1)
-    nearest = [(lengths - 2 * part @ columns.T).min(1).values + part.square().sum(1) for part in rows.split(500)]
+    nearest = [(lengths - 2 * rows @ columns.T).min(1).values + rows.square().sum(1) for rows in images.split(500)]
     return torch.cat(nearest).clamp(min=0).sqrt()
 
 
@@ -1590,9 +1712,9 @@ def measure(estimate: Features, reference: Features, net: FeatureNet, asked: Ten
     return finite(values, reasons), reasons
 
 
-def proportional_labels(data: dict, count: int, labelled: bool = True) -> Tensor | None:
+def proportional_labels(data: DataInfo, count: int, labelled: bool = True) -> Tensor | None:
     """Labels [N] in the proportions of the training set, in a fixed shuffled order; None for unlabelled data."""
-    shares = torch.tensor(data["class_counts"], dtype=torch.float64).cumsum(0)
+    shares = torch.tensor(data.class_counts, dtype=torch.float64).cumsum(0)
     if len(shares) < 2 or not labelled:
         return None
     labels = torch.searchsorted(shares / shares[-1], (torch.arange(count, dtype=torch.float64) + 0.5) / count)
@@ -1600,343 +1722,225 @@ def proportional_labels(data: dict, count: int, labelled: bool = True) -> Tensor
 
 
 @torch.no_grad()
-def generate(model: Family, labels: Tensor | None, count: int, seed: int, batch: int, world: World,
-             bar: Any = None) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (image numbers, uint8 images [b C H W] on the CPU) for this process's share of images 0..count-1, which
-    go through `labels` in turn. Nothing here grows with `count`."""
-    mine = range(world.rank, count, world.size)
-    training = model.training
+def generate(model: ImageModel, labels: Tensor | None, count: int, batch: int, title: str = "",
+             ) -> Iterator[tuple[range, Tensor]]:
+    """Yield (image numbers, uint8 images [b C H W] on the CPU) for images 0..count-1, which go through `labels` in
+    turn. Nothing here grows with `count`. With a `title` a bar shows how far it is."""
+    training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        for start in range(0, len(mine), batch):
-            part = list(mine[start:start + batch])
-            chosen = None if labels is None else labels[[i % len(labels) for i in part]].to(world.device)
-            yield part, to_uint8(model.sample(chosen, ImageNoise(seed, part, world.device))).cpu()
-            if bar is not None:
-                bar.update(len(part))
+        with progress(count, title, not title, unit="image", leave=False) as bar:
+            for start in range(0, count, batch):
+                numbers = range(start, min(start + batch, count))
+                chosen = None if labels is None else labels[[i % len(labels) for i in numbers]].to(device)
+                yield numbers, to_uint8(model.sample(chosen, Noise(model.config.seed, numbers, device))).cpu()
+                bar.update(len(numbers))
     finally:
         model.train(training)
 
 
-def generate_all(model: Family, labels: Tensor | None, count: int, seed: int, batch: int, world: World,
-                 title: str = "") -> Tensor:
-    """Images 0..count-1, uint8 [N C H W], drawn by all processes together and known to all."""
-    parts = [torch.empty((0, model.data["channels"], *[model.data["image_size"]] * 2), dtype=torch.uint8)]
-    with progress(-(-count // world.size), title, not (title and world.main), unit="image", leave=False) as bar:
-        parts += [images for _, images in generate(model, labels, count, seed, batch, world, bar)]
-    return world.gather(torch.cat(parts).to(world.device), count).cpu()
-
-
-# === trainer ===
-
-FORMAT = "image_gen/1"
-EXPLODED = 10  # a mean loss this many times the first one is divergence, not noise
-LOG_EVERY = 25  # steps between looks at the device's loss: each look waits for the device
-EVALUATION_SHARE = 0.1  # of an epoch's work may go into measuring it
-
-
-def open_checkpoint(path: Path) -> dict:
-    """A checkpoint of this script, of a family that it knows, with the description of its data."""
-    state = load_checkpoint(path, FORMAT)
-    if state["family"] not in list(FAMILIES):  # a list: what stands there may not even be hashable
-        raise UserError(f"{path} holds a model {state['family']!r}, this script knows {', '.join(FAMILIES)}: use the "
-                        "version of the script that wrote it")
-    described = state["data"].keys() if isinstance(state["data"], dict) else set()
-    if missing := set(DATA_KEYS) - described:
-        raise UserError(f"{path} does not say the {', '.join(sorted(missing))} of its data: it was altered; restore a "
-                        "copy or train again")
-    restore_model(state)  # must succeed also where only a run is to be continued
-    return state
-
-
-class EpochEvaluation(NamedTuple):
-    """What is measured between epochs: `count` images against a fixed part of the test set every `every` epochs."""
-    net: FeatureNet | None = None
-    reference: Features | None = None
-    floors: dict[str, float | None] = {}  # what as many real training images score
-    count: int = 0
-    every: int = 1
-    reason: str = ""  # why there is none
-
-
-def module_state(model: nn.Module, half: bool = False) -> dict[str, Tensor]:
-    return {key: value.half() if half and value.is_floating_point() else value
-            for key, value in model.state_dict().items()}
-
-
-def restore_model(state: dict, **changes: Any) -> Family:
-    """The model of a checkpoint with its EMA weights; `changes` replace fields of its config (sampling options)."""
-    family = FAMILIES[state["family"]]
-    try:
-        model = family(dataclasses.replace(family.config_class(**state["config"]), **changes), state["data"])
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state["ema"].items()})
-    except (TypeError, KeyError, RuntimeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"the checkpoint does not fit its own description ({first_line(error)}): it was "
-                        "altered, or written by another version of this script") from None
-    return model.to(memory_format=torch.channels_last)
-
-
-class Trainer:
-    """One training run: it owns the weights, their moving average, the optimizers and the position."""
-
-    def __init__(self, model: Family, images: Images, world: World, precision: torch.dtype, compile_it: bool,
-                 checkpoint: Path, results: Path) -> None:
-        from torch.optim.swa_utils import AveragedModel
-        self.config, self.world, self.checkpoint, self.results = model.config, world, checkpoint, results
-        config = self.config
-        self.images = images
-        self.model = model.to(world.device, memory_format=torch.channels_last)
-        self.model.precision = precision
-        self.batch_size = min(config.batch_size, len(images.train))
-        if self.batch_size % world.size:
-            raise UserError(f"--batch_size {self.batch_size} can't be shared by {world.size} processes: use a multiple "
-                            f"of {world.size}", 2)
-        self.steps_per_epoch = len(images.train) // self.batch_size
-        self.train_images, self.train_labels = images.train.to(world.device), images.train_labels.to(world.device)
-        self.ema = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True)
-        self.optimizers = {name: torch.optim.AdamW(player.parameters(), config.learning_rate,
-                                                   weight_decay=config.weight_decay,
-                                                   betas=(config.adam_beta1, config.adam_beta2),
-                                                   fused=world.device.type != "mps")
-                           for name, player in self.model.players().items()}
-        self.schedulers = {k: torch.optim.lr_scheduler.LambdaLR(o, self._rate) for k, o in self.optimizers.items()}
-        self.step = self.epoch_done = 0
-        self.seconds = 0.0
-        self.history: list[dict] = []
-        self.stat_names: list[str] = []
-        self.warned: set[str] = set()
-        self.sums = torch.zeros(2, device=world.device)  # sums of the epoch: loss, steps, statistics, their squares,
-        self.looked = torch.zeros(2, device=world.device)  # and what they were at the last look
-        self.stop = StopSignal()
-        self.stop_all = torch.zeros(1, device=world.device)
-        if compile_it:
-            for part in self.model.compilable():
-                part.compile()
-
-    @property
-    def sampler(self) -> Family:
-        """The averaged weights: all samples and held-out figures come from them."""
-        return self.ema.module
-
-    def _rate(self, step: int) -> float:
-        """Linear warm-up, a plateau, linear decay to zero at the end of the last epoch."""
-        config, total = self.config, self.config.epochs * self.steps_per_epoch
-        warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        return min(warm, max(0.0, (total - step) / total / config.decay_fraction) if config.decay_fraction else 1.0)
-
-    @torch.no_grad()
-    def _average(self, averaged: list[Tensor], current: list[Tensor], _count: Any) -> None:
-        """EMA whose memory grows with the run, so that early epochs are not pictures of the initial weights."""
-        torch._foreach_lerp_(averaged, current, 1 - min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
-
-    # --- state
-
-    def state(self) -> dict:
-        return {"format": FORMAT, "family": family_name(self.model), "config": dataclasses.asdict(self.config),
-                "data": self.model.data, "model": module_state(self.model), "ema": module_state(self.sampler),
-                "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
-                "schedulers": {k: s.state_dict() for k, s in self.schedulers.items()},
-                "rng": torch.get_rng_state(), "step": self.step, "epoch_done": self.epoch_done,
-                "batch_size": self.batch_size, "sums": self.sums.cpu(), "looked": self.looked.cpu(),
-                "stat_names": self.stat_names,
-                "seconds": self.seconds, "history": self.history, "made": provenance()}
-
-    def save(self) -> None:
-        """Write the checkpoint, unless the weights have become useless: then the last good one stays."""
-        if not all(torch.isfinite(value).all() for value in self.model.state_dict().values()):
-            self._diverged("the weights are no longer finite")
-        self.world.average([self.sums, self.looked])  # so that another number of processes can take over
-        if self.world.main:
-            save_checkpoint(self.checkpoint, self.state())
-
-    def load(self, state: dict) -> None:
-        """Continue where `state` stopped; on a CPU with the same number of processes bit for bit."""
-        try:
-            self.model.load_state_dict(state["model"])
-            self.sampler.load_state_dict(state["ema"])
-            for kind in ("optimizers", "schedulers"):
-                for name, part in getattr(self, kind).items():
-                    part.load_state_dict(state[kind][name])
-            self.ema.n_averaged.fill_(state["step"])
-            torch.set_rng_state(state["rng"])
-            self.step, self.epoch_done, self.seconds = state["step"], state["epoch_done"], state["seconds"]
-            self.sums, self.looked = (state[key].to(self.world.device) for key in ("sums", "looked"))
-            self.history, self.stat_names = list(state["history"]), list(state.get("stat_names", ()))
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"{self.checkpoint} can't be resumed ({first_line(error)}): it does not fit "
-                            "this model") from None
-
-    # --- one step
-
-    def batch(self) -> Batch:
-        """This process's rows of the batch of the current step."""
-        epoch, position = divmod(self.step, self.steps_per_epoch)
-        if position == 0 or not hasattr(self, "order"):
-            self.order = torch.randperm(len(self.train_images),
-                                        generator=torch.Generator().manual_seed(seed32(self.config.seed, epoch, 7)))
-        share = self.batch_size // self.world.size
-        rows = slice(self.world.rank * share, (self.world.rank + 1) * share)
-        chosen = self.order[position * self.batch_size:][:self.batch_size][rows].to(self.world.device)
-        draw = Draw(self.config.seed, self.step, self.batch_size, rows, self.world.device)
-        return Batch(to_float(self.train_images[chosen]), self.train_labels[chosen], draw)
-
-    def train_step(self) -> None:
-        total, stats = 0.0, {}
-        for player, loss, more in self.model.losses(self.batch()):
-            optimizer = self.optimizers[player]
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            gradients = [p.grad for p in self.model.players()[player].parameters() if p.grad is not None]
-            self.stop_all.fill_(float(self.stop.number))  # rides along: all processes stop after the same step
-            self.world.average([*gradients, self.stop_all, *more.values()])
-            nn.utils.clip_grad_norm_(self.model.players()[player].parameters(), self.config.grad_clip)
-            optimizer.step()
-            self.schedulers[player].step()
-            total, stats = total + loss.detach(), stats | more
-        if self.stat_names != list(stats):  # the first step
-            self.stat_names = list(stats)
-            self.sums, self.looked = (F.pad(sums[:2], (0, 2 * len(stats))) for sums in (self.sums, self.looked))
-        values, steps = torch.stack([total, torch.ones_like(total), *stats.values()]), self.sums[1]
-        spread = (values[2:] - self.sums[2:len(values)] / steps.clamp(min=1)).square() * (steps / (steps + 1))
-        self.sums += torch.cat([values, spread])  # the squares are Welford's: those of small differences
-        self.ema.update_parameters(self.model)
-        self.step += 1
-
-    def means(self, sums: Tensor) -> dict[str, float]:
-        """Means over steps and processes of the loss and the family's statistics, and the latter's deviations."""
-        found = sums / sums[1]
-        self.world.average([found])
-        loss, _, *stats = found.tolist()
-        count = len(self.stat_names)
-        values = {"loss": loss, **dict(zip(self.stat_names, stats[:count], strict=True)),
-                  **{f"{k}_std": math.sqrt(max(0.0, v)) for k, v in zip(self.stat_names, stats[count:], strict=True)}}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                self._diverged(f"the {name} is {value}")
-        return values
-
-    def _diverged(self, what: str) -> None:
-        kept = f"the last good checkpoint is kept in {self.checkpoint}" if self.checkpoint.exists() else \
-            "no checkpoint had been written yet"
-        raise UserError(f"training diverged at step {self.step}: {what}; {kept}. Try a lower --learning_rate or "
-                        "--precision float32")
-
-    def record(self, **values: Any) -> None:
-        """Append a line to metrics.jsonl and to the history that the checkpoint carries."""
-        self.history.append({"step": self.step, **values})
-        if self.world.main:
-            with open(self.results / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(self.history[-1], allow_nan=False) + "\n")
-
-    # --- the run
-
-    def fit(self, evaluation: EpochEvaluation, on_epoch: Callable[[int], None]) -> None:
-        """Train to the last epoch. Returns early, with the position saved, after a stop signal."""
-        if self.world.main:  # what a checkpoint does not know happened after it, and will happen again
-            with replacing(self.results / "metrics.jsonl") as part:
-                part.write_text("".join(json.dumps(r) + "\n" for r in self.history))
-        while self.epoch_done < self.config.epochs and not self.stopped():
-            self._epoch(self.epoch_done + 1)
-            if self.step == (self.epoch_done + 1) * self.steps_per_epoch:
-                self._finish_epoch(self.epoch_done + 1, evaluation, on_epoch)
-        self.save()
-
-    def stopped(self) -> int:
-        """The number of the signal that asked to stop, 0 if none: the same answer in all processes."""
-        if self.world.size > 1 and self.stop_all.item() > 0:
-            return self.stop.number or int(signal.SIGTERM)
-        return self.stop.number if self.world.size == 1 else 0
-
-    def _epoch(self, epoch: int) -> None:
-        end, start = epoch * self.steps_per_epoch, self.step - (epoch - 1) * self.steps_per_epoch
-        self.model.train()
-        started = time.perf_counter()
-        with progress(self.steps_per_epoch * self.batch_size, f"epoch {epoch}/{self.config.epochs}",
-                      not self.world.main, initial=start * self.batch_size, unit="image") as bar:
-            while self.step < end:
-                self.train_step()
-                if self.step % LOG_EVERY == 0 or self.step == end:
-                    self._look(bar)
-                    self.seconds, started = self.seconds + time.perf_counter() - started, time.perf_counter()
-                if self.stopped():
-                    break
-                if self.step % self.config.save_every == 0 and self.step < end:
-                    self.save()
-                bar.update(self.batch_size)
-        self.seconds += time.perf_counter() - started
-
-    def _look(self, bar: Any) -> None:
-        """Fetch the mean loss since the last look: log it, and stop a run that has left the rails."""
-        values = self.means(self.sums - self.looked)
-        self.looked.copy_(self.sums)
-        loss = values["loss"]
-        first = next((r["loss"] for r in self.history if "loss" in r and "epoch" not in r), loss)
-        if self.model.descends and abs(loss) > EXPLODED * max(abs(first), 1e-3):
-            self._diverged(f"the loss rose from {first:.3g} to {loss:.3g}")
-        self.record(**{name: values[name] for name in ("loss", *self.stat_names)})
-        bar.set_postfix(loss=f"{loss:.4f}")
-
-    def _finish_epoch(self, epoch: int, evaluation: EpochEvaluation, on_epoch: Callable[[int], None]) -> None:
-        """Save first, then draw and measure: a crash while measuring costs nothing but the measurement."""
-        self.sampler.eval()
-        count = 10_000 if self.model.measures_held_out else 1000
-        figures = held_out(self.sampler, self.images, count, self.world.device)
-        if not all(map(math.isfinite, figures.values())):
-            self._diverged("the held-out loss is not finite")
-        self.save()
-        values: dict[str, Any] = {"epoch": epoch, **self.means(self.sums), "seconds": round(self.seconds, 2),
-                                  "images_per_second": round(self.step * self.batch_size / self.seconds, 1),
-                                  "learning_rate": next(iter(self.schedulers.values())).get_last_lr()[0]}
-        values |= figures
-        last = epoch == self.config.epochs
-        if self.model.can_sample and evaluation.net is not None and (epoch % evaluation.every == 0 or last):
-            labels = proportional_labels(self.model.data, evaluation.count, self.model.labelled)
-            drawn = generate_all(self.sampler, labels, evaluation.count, self.config.seed, 250, self.world,
-                                 f"measuring epoch {epoch}")
-            if self.world.main:
-                scores, _ = measure(evaluation.net(drawn), evaluation.reference, evaluation.net, quick=True)
-                values |= scores | evaluation.floors | {"eval_samples": evaluation.count}
-        self.sums.zero_()
-        self.looked.zero_()
-        self.epoch_done = epoch
-        self.record(**values)
-        on_epoch(epoch)
-        self.save()
-        if self.world.main:
-            shown = {k: v for k, v in values.items() if (k in self.stat_names or k.startswith(("val_", "fid", "is_")))
-                     and not k.endswith("_std") and not k[:-1].endswith("_t") and v is not None}
-            print(f"epoch {epoch}: loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
-                  + "".join(f", {k} {v:.4g}" for k, v in shown.items()), flush=True)
-            for line in self.model.warnings(values):
-                if line not in self.warned:
-                    self.warned.add(line)
-                    print(f"warning: {line}", file=sys.stderr)
-
-
-@torch.no_grad()
-def held_out(model: Family, images: Images, count: int, device: torch.device) -> dict[str, float]:
-    """The family's own figures on the first `count` test images, with noise that is the same every time."""
-    sums: dict[str, float] = {}
-    for rows in torch.arange(min(count, len(images.test))).split(500):
-        draw = Draw(0, int(rows[0]), len(rows), slice(None), device)
-        batch = Batch(to_float(images.test[rows].to(device)), images.test_labels[rows].to(device), draw)
-        for key, value in model.validate(batch).items():
-            sums[key] = sums.get(key, 0.0) + value * len(rows) / min(count, len(images.test))
-    return sums
-
-
-def family_name(model: Family) -> str:
-    return next(name for name, family in FAMILIES.items() if family is type(model))
+def generate_all(model: ImageModel, labels: Tensor | None, count: int, batch: int, title: str = "") -> Tensor:
+    """Images 0..count-1, uint8 [N C H W]"""
+    return torch.cat([images for _, images in generate(model, labels, count, batch, title)])
 
 
 def provenance() -> dict[str, str]:
-    """How a checkpoint came to be: command (paths shortened to their last part), versions, machine."""
+    """How a figure or a checkpoint came to be: command (paths shortened to their last part), versions, machine."""
     import platform
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else \
         f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    words = [Path(word).name if os.sep in word else word for word in sys.argv]
-    return {"command": " ".join(words), "torch": str(torch.__version__), "hardware": hardware,
-            "date": time.strftime("%Y-%m-%d")}
+    return {"command": " ".join(Path(word).name if os.sep in word else word for word in sys.argv),
+            "torch": str(torch.__version__), "hardware": hardware, "date": time.strftime("%Y-%m-%d")}
+
+
+@torch.no_grad()
+def held_out(model: Family, data: Any, device: torch.device, count: int | None = None) -> dict[str, float]:
+    """The family's own figures on `count` held-out examples, with noise that is the same every time."""
+    sums: dict[str, float] = {}
+    total = 0
+    for batch in data.held_out(count or model.held_out_count, device):
+        total += len(batch[0])
+        for key, value in model.validate(batch).items():
+            sums[key] = sums.get(key, 0.0) + value * len(batch[0])
+    return {key: value / total for key, value in sums.items()}
+
+
+def drawing_speed(model: ImageModel) -> dict[str, Any]:
+    """Milliseconds per image in batches of one and of the size that does best: medians of about a second's work for
+    each size, up to the first that takes more than five."""
+    speeds: dict[int, float] = {}
+    for size in (1, 8, 64, 256):
+        labels, times = proportional_labels(model.data, size, model.labelled), []
+        while not times or (len(times) < 100 and sum(times) < (1 if len(times) > 1 else 5)):
+            started = time.perf_counter()
+            generate_all(model, labels, size, size)
+            times.append(time.perf_counter() - started)
+        speeds[size] = 1000 / size * float(np.median(times[1:] or times))  # the first one warms up
+        if sum(times) > 5:
+            break
+    best = min(speeds, key=speeds.__getitem__)
+    return {"ms_per_image_at_batch_1": round(speeds[1], 4), "ms_per_image_at_best_batch": round(speeds[best], 4),
+            "best_batch": best}
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(MeasureOptions):
+    eval_samples: int | None = option(None, "evaluation", "images to measure (default: 10,000, or the size of a "
+                                      "smaller test set)", number(int, 2))
+    sample_batch: int = option(250, "sampling", "images drawn at once, bounds the memory", number(int, 1))
+
+
+def evaluate_samples(options: EvaluateOptions, model: ImageModel, images: Images) -> dict[str, Any]:
+    """Draw, measure, and measure as many real training images in the same way."""
+    device = next(model.parameters()).device
+    net, reason = find_feature_net(options, model.data, device)
+    say(f"measured by {net.describe()}" if net else f"no FID: {reason}")
+    count = options.eval_samples or min(10_000, len(images.test))
+    labels, started = proportional_labels(model.data, count, model.labelled), time.perf_counter()
+    drawn = generate_all(model, labels, count, options.sample_batch, "drawing")
+    seconds = time.perf_counter() - started
+    metrics: dict[str, Any] = {}
+    order = some_rows(images.train, count)
+    real, reference = images.train[order], images.test[some_rows(images.test, count)]
+    common = {"n": count, "n_floor": len(real), "n_reference": len(reference), "reference": "test"}
+    if net is not None:
+        target = net(reference)
+        values, reasons = measure(net(drawn), target, net, labels)
+        floors, _ = measure(net(real), target, net, images.train_labels[order])
+        for key, value in values.items():
+            metrics[key] = {"value": value, "floor": floors.get(key), **common, "feature_net": net.name,
+                            "feature_net_sha256": net.digest} | ({"reason": reasons[key]} if key in reasons else {})
+    else:
+        metrics["fid"] = {"value": None, "reason": reason}
+    distances = nearest_distance(reference, images.train)
+    threshold = torch.quantile(distances, 0.01)
+    near = [(d < threshold).float().mean().item() for d in (nearest_distance(drawn, images.train), distances)]
+    metrics["near_copies"] = {"value": near[0], "floor": near[1], **common, "threshold": threshold.item(), "definition":
+                              "share of images nearer to a training image (Euclidean distance of pixels) than the "
+                              "nearest hundredth of the test images is; the floor is the test images' own share"}
+    return {"num_samples": count, "sampling_seconds": round(seconds, 1),
+            "images_per_second": round(count / seconds, 1), "metrics": metrics}
+
+
+def evaluate_model(options: EvaluateOptions, model: ImageModel, state: dict, path: Path,
+                   images: Images) -> dict[str, Any]:
+    """All that can be measured of a model."""
+    started, device = time.perf_counter(), next(model.parameters()).device
+    seconds = [r["seconds"] for r in state["history"] if "seconds" in r]
+    report = {"model": family_name(type(model)), "checkpoint": str(path), "checkpoint_sha256": file_digest(path),
+              "parameters": sum(p.numel() for p in model.parameters()),
+              "training_seconds": state.get("seconds", seconds[-1] if seconds else None),
+              "training_made": state["made"], "dataset": model.data.title,
+              "seed": model.config.seed, "device": str(device),
+              "precision": str(model.precision).removeprefix("torch.")} | model.describe_sampling()
+    if model.can_sample:
+        report |= evaluate_samples(options, model, images) | drawing_speed(model)
+    else:
+        report["metrics"] = {}
+    if model.measures_held_out:
+        figures, count = held_out(model, images, device, len(images.test)), len(images.test)
+        report["metrics"] |= {k: {"value": v, "n": count, "reference": "test"} for k, v in figures.items()}
+    return report | {"seconds": round(time.perf_counter() - started, 1), "machine": provenance()}
+
+
+def print_report(report: dict[str, Any], path: Path) -> None:
+    how = [f"{k} {report[k]}" for k in ("sampler", "steps", "guidance", "num_samples") if k in report]
+    say(f"{report['model']} on {report['dataset']}: {', '.join([*how, 'seed ' + str(report['seed'])])}")
+    minutes = "unknown" if report["training_seconds"] is None else f"{report['training_seconds'] / 60:.1f} minutes"
+    alone, best = (report.get(f"ms_per_image_at_{key}", 0) for key in ("batch_1", "best_batch"))
+    say(f"{report['parameters'] / 1e6:.2f} M parameters, trained for {minutes}" + (
+        f"; {alone:.3g} ms for one image, {best:.3g} ms each in batches of {report['best_batch']}" if best else ""))
+    say(f"{'metric':34}{'value':>12}{'real data':>12}")
+    for key, entry in report["metrics"].items():
+        cells = "".join(f"{'-' if entry.get(k) is None else format(entry[k], '.4f'):>12}" for k in ("value", "floor"))
+        say(f"{key:34}{cells}" + (f"  ({entry['reason']})" if "reason" in entry else ""))
+    say(f"-> {path}")
+
+
+# --- between epochs
+
+
+@dataclass(frozen=True)
+class TrainSampling(MeasureOptions):
+    """Flags of training a family that draws."""
+    num_samples: int = option(16, "sampling", "images in each epoch's picture", number(int, 1, 400))
+    sample_batch: int = option(250, "sampling", "images drawn at once, bounds the memory", number(int, 1))
+    label: str | None = option(None, "sampling", "classes to draw, in turn, e.g. 7 or 0,1,2 (default: all)", str)
+    eval_samples: int | None = option(None, "evaluation", "images to measure between epochs (default: 400, or the "
+                                      "size of a smaller test set)", number(int, 2))
+
+
+class Between:
+    """What happens between epochs, on the main process alone: averaged weights draw, and are measured such that it
+    costs at most a tenth of the work of training."""
+
+    def __init__(self, command: Command, model: ImageModel, images: Images, world: World) -> None:
+        self.notes: list[str] = []
+        self.remembered: dict[str, Any] = {}
+        self.net: FeatureNet | None = None
+        self.epochs = model.config.epochs
+        if model.config.batch_size > len(images.train):
+            self.notes.append(f"--batch_size {model.config.batch_size} is more than there are images: using "
+                              f"{len(images.train)}")
+        if not model.can_sample:
+            return
+        self.options = command.options(TrainSampling)
+        self.labels, self.names = pick_labels(self.options.label, model)
+        earlier = (command.state or {}).get("run", {}).get("feature_net_sha256")
+        if world.main:
+            self.prepare(model, images, world, earlier)
+
+    def prepare(self, model: ImageModel, images: Images, world: World, earlier: str | None) -> None:
+        """Find the net, and measure as many real training images once: the floor of every later figure."""
+        try:
+            net, reason = find_feature_net(self.options, model.data, world.device)
+        except UserError as error:  # a misfit must not keep anybody from training
+            if self.options.fid_features == "inception" or error.code == 2:
+                raise
+            net, reason = None, str(error)
+        if net and earlier not in (None, net.digest):
+            net, reason = None, (f"{net.name} is another file ({net.digest[:12]}) than this run was measured by so far "
+                                 f"({earlier[:12]})")
+            self.remembered = {"feature_net_sha256": earlier}
+        if net is None:
+            self.notes.append(f"no FID while training: {reason}")
+            return
+        self.net, self.remembered = net, {"feature_net": net.name, "feature_net_sha256": net.digest}
+        self.count = self.options.eval_samples or min(400, len(images.test))
+        passes = self.count * model.describe_sampling().get("network_evaluations", 1)
+        self.every = math.ceil(passes / (EVALUATION_SHARE * 3 * len(images.train)))  # a training step is about 3 passes
+        self.reference, real = (net(split[some_rows(split, self.count)]) for split in (images.test, images.train))
+        floors, _ = measure(real, self.reference, net, quick=True)
+        self.floors = {f"real_{k}": v for k, v in floors.items() if not k.endswith("_std")}
+        often = "after the last epoch" if self.every >= self.epochs else "after each epoch" if self.every == 1 else \
+            f"every {self.every} epochs and after the last"
+        self.notes.append(f"{often}: {self.count} samples measured against as many test images by {net.describe()}")
+
+    def measure(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
+        if self.net is None or (epoch % self.every and epoch != self.epochs):
+            return {}
+        model = trainer.averaged
+        labels = proportional_labels(model.data, self.count, model.labelled)
+        drawn = generate_all(model, labels, self.count, 250, f"measuring epoch {epoch}")
+        scores, _ = measure(self.net(drawn), self.reference, self.net, quick=True)
+        say(f"{self.count} samples of epoch {epoch}: " + ", ".join(
+            f"{k} {v:.4g} (real {self.floors['real_' + k]:.4g})" for k, v in scores.items()
+            if k.startswith(("fid", "is_")) and None not in (v, self.floors.get("real_" + k))))
+        return scores | self.floors | self.remembered | {"eval_samples": self.count}
+
+    def draw(self, trainer: Trainer, epoch: int) -> None:
+        model, last = trainer.averaged, epoch == self.epochs
+        milestone = epoch in (1, 5) or last or epoch % model.panel_every == 0
+        if model.can_sample and milestone:
+            drawn = generate_all(model, self.labels, self.options.num_samples, self.options.sample_batch)
+            grid_image(drawn, trainer.results / f"epoch_comparisons/samples_epoch_{epoch:03d}.png",
+                       title_of(model, f"epoch {epoch}"), self.names)
+            if last:
+                grid_image(drawn, trainer.results / "final_samples.png",
+                           title_of(model, f"after {epoch} epochs", sampling_title(model)), self.names)
+        if milestone or epoch < 20:  # an epoch of a small dataset is shorter than drawing a chart
+            draw_curves(trainer)
+
 
 # === figures ===
 
@@ -1972,22 +1976,24 @@ def grid_image(images: Tensor, path: Path, title: str, names: Sequence[str] | No
         canvas.save(part, format="PNG")
 
 
-def plot(path: Path, title: str, panels: list[tuple[str, dict[str, list[tuple]], str]], x_label: str) -> None:
-    """Line charts side by side, written as PNG: panels of (y label, {curve: [(x, y), ...]}, y scale)."""
+def plot(path: Path, title: str, panels: list[tuple[str, dict[str, list[tuple]], str]]) -> None:
+    """Line charts over epochs side by side, written as PNG: panels of (y label, {curve: [(x, y), ...]}, y scale)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (label, curves, scale) in zip(axes[0], panels, strict=True):
         for name, points in curves.items():
             axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 50 else None, markersize=4, label=name)
-        axis.set(xlabel=x_label, ylabel=label, yscale=scale)
+        axis.set(xlabel="epoch", ylabel=label, yscale=scale)
+        axis.set_xlim(0, 1.03 * axis.get_xlim()[1])  # from 0: also one epoch has two ticks
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if scale == "log":  # 0.2, not 2 x 10^-1
+        if scale == "log":  # 0.2, not 2 x 10^-1; and several ticks, also over less than a decade
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6))
+            axis.yaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-            low, high = axis.get_ylim()  # over more than a decade names between the powers of ten would overlap
-            axis.yaxis.set_minor_formatter(FormatStrFormatter("%g") if high < 10 * low else NullFormatter())
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.suptitle(title)
@@ -1997,7 +2003,12 @@ def plot(path: Path, title: str, panels: list[tuple[str, dict[str, list[tuple]],
 
 
 def title_of(model: Family, *more: str) -> str:
-    return " · ".join(filter(None, [family_name(model), model.data["title"], *more]))
+    return " · ".join(filter(None, [family_name(type(model)), model.data.title, *more]))
+
+
+def sampling_title(model: Family) -> str:
+    how = model.describe_sampling()
+    return ", ".join(f"{how[k]} {k}" if k == "steps" else f"{how[k]}" for k in ("sampler", "steps") if k in how)
 
 
 def draw_curves(trainer: Trainer) -> None:
@@ -2006,12 +2017,12 @@ def draw_curves(trainer: Trainer) -> None:
     epochs, steps = ([r for r in history if ("epoch" in r) is kind] for kind in (True, False))
     players = [name for name in trainer.stat_names if name.endswith("_loss")]  # their sum would say nothing
     names = {name: name for name in players} or {"loss": "training"}
-    curves = {f"{title}, per {LOG_EVERY} steps": [(r["step"] / trainer.steps_per_epoch, r[name]) for r in steps]
+    curves = {f"{title}, per {SUBJECT.log_every} steps": [(r["step"] / trainer.steps_per_epoch, r[name]) for r in steps]
               for name, title in names.items()}
     if "val_loss" in epochs[0]:
         curves["held out, averaged weights"] = [(r["epoch"], r["val_loss"]) for r in epochs]
     scale = "log" if model.descends else "linear"
-    plot(results / "training_loss.png", title_of(model, "loss"), [("loss", curves, scale)], "epoch")
+    plot(results / "training_loss.png", title_of(model, "loss"), [("loss", curves, scale)])
     if not model.can_sample:
         return
     panels = [("loss", {f"{title}, epoch mean": [(r["epoch"], r[name]) for r in epochs] for name, title in
@@ -2023,536 +2034,659 @@ def draw_curves(trainer: Trainer) -> None:
             if curves[name]:
                 count = max(r.get("eval_samples", 0) for r in epochs)
                 panels.append((f"{name}, {count} samples", curves, scale))
-    plot(results / "epoch_comparisons" / "metrics_comparison.png", title_of(model, "over epochs"), panels, "epoch")
+    plot(results / "epoch_comparisons" / "metrics_comparison.png", title_of(model, "over epochs"), panels)
 
 
-# === command line ===
+# === subject ===
+# What the machine room must know of images.
 
-GROUPS = {"run": "run", "data": "data", "optimisation": "optimisation (training)", "model": "architecture (training)",
-          "sampling": "sampling", "exploring": "exploring (--mode infer --task ...)", "evaluation": "evaluation"}
-MODES = ("train", "infer", "evaluate")
-GROUP_MODES = {"optimisation": ("train",), "model": ("train",), "exploring": ("infer",),
-               "evaluation": ("train", "evaluate")}  # others: all
-TASKS = ("sample", "reconstruct", "interpolate", "traverse", "denoise", "ood", "latent")
-FLAG_MODES = {"output_dir": ("infer",), "export": ("infer",), "label": ("train", "infer"), "resume": ("train",),
-              "num_samples": ("train", "infer"), "prepare_data": ("train",), "compile": ("train",),
-              "compare": ("evaluate",)}
-TASK_FLAGS = {"output_dir": ("sample",), "export": ("sample",), "sample_batch": ("sample",), "label": TASKS[:5],
-              "frames": TASKS[2:5], "input": TASKS[1:4], "ood_dataset": ("ood",), "ood_root": ("ood",),
-              **dict.fromkeys(("num_samples", "seed"), tuple(task for task in TASKS if task != "traverse")),
-              "data_root": tuple(task for task in TASKS if task not in ("sample", "denoise"))}  # others: all
-CONFIG_FIELDS = {family: {f.name: f for f in dataclasses.fields(cls.config_class)} for family, cls in FAMILIES.items()}
+MOST_SAMPLES = 1_000_000
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"{message} (--help lists all flags)", 2)
+def sample_count(text: str) -> int:
+    count = number(int, 1)(text)
+    if count > MOST_SAMPLES:
+        raise argparse.ArgumentTypeError(f"{text}: at most {MOST_SAMPLES:,} at a time, as many as names of six digits "
+                                         "tell apart and a folder bears; for more of them give another --seed")
+    return count
 
 
-def device_name(text: str) -> str:
-    if text in ("auto", "cpu", "cuda", "mps") or (text.startswith("cuda:") and text[5:].isdecimal() and
-                                                text.isascii()):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda, cuda:N or mps")
+@dataclass(frozen=True)
+class ExportOptions:
+    """Flags of --mode infer for any family."""
+    export: Path | None = option(None, "run", "also write the averaged weights alone, in half precision, to this file",
+                                 Path)
 
 
-def build_parser() -> Parser:
-    """All flags of all families. Only those that were given appear in the result, so that a default is never mistaken
-    for a wish; each argument's group is kept in `parser.group_of`."""
-    parser = Parser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110))
-    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
-    parser.group_of = {}
-
-    def flag(group: str, name: str, text: str, **more: Any) -> None:
-        groups[group].add_argument(f"--{name}", help=text.replace("%", "%%"), **more)
-        parser.group_of[name] = group
-
-    flag("run", "mode", "train, infer (draw images) or evaluate (default train)", choices=MODES)
-    flag("run", "model", "family (default diffusion, or the first that can do the --task; the checkpoint says)",
-         choices=tuple(FAMILIES))
-    flag("run", "checkpoint", "file to write or read (default models/diffusion_model.pt beside this script; infer and "
-         "evaluate take the shipped weights when it does not exist yet)", type=Path)
-    flag("run", "results_dir", "folder for pictures and records (default results/ beside this script)", type=Path)
-    flag("run", "device", "auto, cpu, cuda, cuda:N or mps (default auto)", type=device_name)
-    flag("run", "precision", "of the network's arithmetic (default auto: bfloat16 where the hardware has it)",
-         choices=("auto", "float32", "bfloat16"))
-    flag("run", "compile", "torch.compile the network: slow start, a little faster after it", action="store_true")
-    flag("run", "resume", "continue the run that --checkpoint holds, exactly", action="store_true")
-    flag("data", "dataset", "mnist or cifar10 (downloaded), digits (scikit-learn's 1,797, no download) or folder "
-         "(default mnist)",
-         choices=tuple(DATASETS))
-    flag("data", "data_root", "folder with MNIST/raw or cifar-10-batches-py, or with your images, one "
-         "sub-folder per label", type=Path)
-    flag("data", "image_size", "side to which images of a folder are cropped and resized (default 32)",
-         type=number(int, 4, 1024))
-    flag("data", "prepare_data", "only fetch and check the dataset, then exit (status 3: can't be downloaded)",
-         action="store_true")
-    for name in dict.fromkeys(name for fields in CONFIG_FIELDS.values() for name in fields):
-        uses = [(family, fields[name]) for family, fields in CONFIG_FIELDS.items() if name in fields]
-        meta = uses[0][1].metadata
-        defaults = [f"{f.default} for {family}" for family, f in uses if f.default is not None]
-        if all(f.default == uses[0][1].default for _, f in uses):
-            defaults = [str(uses[0][1].default)] + [f"for {uses[0][0]}"] * (len(uses) == 1 < len(FAMILIES))
-        text = meta["help"] + ("" if uses[0][1].default is None else f" (default {', '.join(defaults)})")
-        flag(meta["group"], name, text, **({"action": argparse.BooleanOptionalAction} if uses[0][1].default is True else
-                                           {"type": meta["type"], "choices": meta["choices"]}))
-    flag("sampling", "num_samples", "images to draw or, with a --task, to look at (default 16; interpolate 5 pairs, "
-         "denoise 3, latent 3000, ood 10000)", type=number(int, 1, sys.maxsize))
-    flag("sampling", "sample_batch", "images drawn at once, bounds the memory (default 250)", type=number(int, 1))
-    flag("sampling", "label", "classes to draw or to look at, in turn, e.g. 7 or 0,1,2 (default all)")
-    flag("sampling", "output_dir", "also save each image as a PNG file of its own here", type=Path)
-    flag("sampling", "export", "also write the averaged weights alone, in half precision, to this file", type=Path)
-    add_looking_flags(flag)
-    return parser
+@dataclass(frozen=True)
+class InferOptions(ExportOptions):
+    num_samples: int = option(16, "sampling", "images to draw", sample_count)
+    sample_batch: int = option(250, "sampling", "images drawn at once, bounds the memory", number(int, 1))
+    label: str | None = option(None, "sampling", "classes to draw, in turn, e.g. 7 or 0,1,2 (default: all)", str)
+    output_dir: Path | None = option(None, "sampling", "also save each image as a PNG file of its own here", Path)
 
 
-def add_looking_flags(flag: Callable[..., None]) -> None:
-    """The flags of --task and of measuring."""
-    flag("exploring", "task", "sample, interpolate (all), denoise (diffusion), reconstruct, traverse, ood or latent "
-         "(VAE); default sample", choices=TASKS)
-    flag("exploring", "input", "image files to start from instead of held-out images: reconstruct any number, "
-         "interpolate two, traverse one", type=Path, nargs="+", metavar="FILE")
-    flag("exploring", "frames", "pictures from one end to the other (default 12, traverse 13)",
-         type=number(int, 2, 100))
-    flag("exploring", "ood_dataset", "dataset of foreign images (default cifar100 for colour, folder with --ood_root)",
-         choices=tuple(DATASETS))
-    flag("exploring", "ood_root", "folder with foreign images: pictures, or files in MNIST's format", type=Path)
-    flag("evaluation", "compare", "checkpoints to measure and to draw side by side", type=Path, nargs="+",
-         metavar="FILE")
-    flag("evaluation", "eval_samples", "images to measure (default: evaluate 10000 or the size of the test set, train "
-         "400 between epochs)", type=number(int, 2))
-    flag("evaluation", "fid_features", "feature net: cnn (our classifier for the dataset) or inception (default auto: "
-         "cnn)", choices=("auto", "cnn", "inception"))
-    flag("evaluation", "inception_weights", "file with the Inception weights, for offline machines", type=Path)
-    flag("evaluation", "classifier", "checkpoint of --model classifier for the metrics (default: the one in models/, "
-         "else the shipped one for the dataset)", type=Path)
+@dataclass(frozen=True)
+class Nothing:
+    """No flags of its own."""
 
 
-def check_flags(given: dict[str, Any], family_key: str | None) -> None:
-    """A flag that would do nothing is a usage error, not ignored."""
-    mode, group_of, task = given["mode"], build_parser().group_of, given.get("task", "sample")
-    if family_key is not None and task not in (possible := FAMILIES[family_key].tasks) and "task" in given:
-        able = [key for key, family in FAMILIES.items() if task in family.tasks]
-        raise UserError(f"--task {task} can't be done by --model {family_key}, only by {' or '.join(able)}"
-                        + (f"; {family_key} can {', '.join(possible)}" if possible else ""), 2)
-    for name in given:
-        if mode == "infer" and task not in (tasks := TASK_FLAGS.get(name, TASKS)):
-            raise UserError(f"--{name} has no effect with --task {task}, only with --task {' or '.join(tasks)}", 2)
-        modes = FLAG_MODES.get(name) or GROUP_MODES.get(group_of[name], MODES)
-        if mode not in modes:
-            raise UserError(f"--{name} has no effect with --mode {mode}, only with --mode {' or '.join(modes)}"
-                            + (": the checkpoint fixes it" if group_of[name] == "model" else ""), 2)
-        owners = [family for family, fields in CONFIG_FIELDS.items() if name in fields]
-        if owners and family_key is not None and family_key not in owners:
-            raise UserError(f"--{name} belongs to --model {' or '.join(owners)}, not to {family_key}", 2)
-        draws = family_key is None or FAMILIES[family_key].can_sample or name == "export"
-        if not draws and group_of[name] in ("sampling", "evaluation"):
-            raise UserError(f"--{name} has no effect with --model {family_key}, which draws no images", 2)
+@dataclass(frozen=True)
+class WhichDataset:
+    dataset: str = option("mnist", "data", "that the model was trained on", choices=DATASETS)
 
 
-def config_given(given: dict[str, Any], family: str) -> dict[str, Any]:
-    return {name: given[name] for name in CONFIG_FIELDS[family] if name in given}
+DiffusionModel.options = VaeModel.options = GanModel.options = {
+    "train": TrainSampling, "infer": InferOptions, "evaluate": EvaluateOptions}
+Classifier.options = {"train": Nothing, "infer": ExportOptions, "evaluate": Nothing}
 
 
-def pick_labels(given: dict[str, Any], model: Family) -> tuple[Tensor | None, list[str] | None]:
+def named_classes(text: str, classes: Sequence[str]) -> list[str]:
+    """The classes in a comma-separated list; a name may itself hold commas: the longest that fits is taken."""
+    words, chosen = text.split(","), []
+    while words:
+        for length in range(len(words), 0, -1):
+            if (name := ",".join(words[:length])) in classes or (name := name.strip()) in classes:
+                break
+        else:
+            raise UserError(f"--label {words[0].strip()}: the classes are {', '.join(classes[:20])}", 2)
+        chosen.append(name)
+        words = words[length:]
+    return chosen
+
+
+def pick_labels(text: str | None, model: ImageModel) -> tuple[Tensor | None, list[str] | None]:
     """The classes of `--label`, which the images go through in turn, and their names; None where there are none."""
-    classes = model.data["classes"]
+    classes = model.data.classes
     if not model.labelled:
-        if "label" in given:
-            raise UserError(f"--label {given['label']}: the model was trained without labels", 2)
+        if text is not None:
+            raise UserError(f"--label {text}: the model was trained without labels", 2)
         return None, None
-    chosen = [item.strip() for item in given["label"].split(",")] if "label" in given else classes
-    for item in chosen:
-        if item not in classes:
-            raise UserError(f"--label {item}: the model knows {', '.join(classes[:20])}", 2)
-    return torch.tensor([classes.index(name) for name in chosen]), chosen
+    chosen = classes if text is None else named_classes(text, classes)
+    return torch.tensor([classes.index(name) for name in chosen]), list(chosen)
 
 
-def find_feature_net(given: dict[str, Any], data: dict, device: torch.device) -> tuple[FeatureNet | None, str]:
-    """The feature net that was asked for, or the classifier that fits the data; else None and the reason."""
-    if given.get("fid_features") == "inception":
-        return inception_net(given.get("inception_weights"), device), ""
-    if "inception_weights" in given:
-        raise UserError("--inception_weights belongs to --fid_features inception", 2)
-    name = f"classifier_{data['dataset']}.pt"
-    candidates = [given["classifier"]] if "classifier" in given else \
-        [path for path in (HERE / "models" / name, HERE / "pretrained" / name) if path.exists()]
-    if candidates:
-        return classifier_net(candidates[0], device, data), ""
-    reason = (f"no classifier for {data['title']}: train one with --model classifier --dataset {data['dataset']}"
-              ", or use --fid_features inception")
-    if given.get("fid_features") == "cnn":
-        raise UserError(reason)
-    return None, reason
+class ImageSubject:
+    """The machine room's window on images."""
+    format = "image_gen/1"
+    dataset, stand_ins = "mnist", {"digits"}
+    preferred = ("diffusion", "vae", "gan")  # families to look for when none is named
+    unit, log_every = "image", 25
+    shown = ("val_",)
+    outputs = ("metrics.jsonl", "training_loss.png", "final_samples.png", "epoch_comparisons", "evaluation.json", *(
+        f"{task}.{kind}" for task in ("reconstruct", "interpolate", "traverse", "denoise", "ood", "latent")
+        for kind in ("png", "gif", "json")))
+    data_options = {"train": DataOptions, "infer": WhichDataset, "evaluate": DataOptions}
+    remembered = ("dataset", "data_root", "image_size", "skip_bad")
 
+    def shipped(self, key: str, dataset: str) -> Path:
+        return HERE / "pretrained" / f"{key}_{dataset}.pt"
 
-def default_paths(given: dict[str, Any], family: type[Family], dataset: str) -> tuple[Path, Path]:
-    """(checkpoint, results folder): beside this script unless the user says where."""
-    return (given.get("checkpoint", HERE / "models" / family.checkpoint_name.format(dataset=dataset)),
-            given.get("results_dir", HERE / "results" / family.results_folder))
+    def load(self, command: Command, world: World | None = None) -> Images:
+        options = command.options(DataOptions)
+        if options.dataset == "folder" and options.image_size is None and command.state:
+            options = dataclasses.replace(options, image_size=command.state["data"]["image_size"])
+        if options.data_root and options.data_root.resolve() == command.results().resolve():
+            raise UserError(f"{options.data_root} is the data folder: name another --results_dir", 2)
+        return load_images(options, world)
 
+    def trained_on(self, command: Command) -> Images:
+        """The data of the checkpoint at hand."""
+        images, info = self.load(command), DataInfo(**known_fields(DataInfo, command.state["data"]))
+        if images.info() != info:
+            raise UserError(f"{command.path} was trained on {info.title} ({info.train_images} images of "
+                            f"{info.image_size} pixels), not on this data: give its --dataset and --data_root", 2)
+        return images
 
-def same_data(state: dict, path: Path, images: Images) -> None:
-    if images.info() != state["data"]:
-        raise UserError(f"{path} was trained on {state['data']['title']} ({state['data']['train_images']} images of "
-                        f"{state['data']['image_size']} pixels), not on this data: give its --dataset and --data_root")
-
-
-def epoch_evaluation(given: dict[str, Any], model: Family, images: Images, world: World) -> EpochEvaluation:
-    """How to measure between epochs, such that it costs at most a tenth of the work of training."""
-    if not model.can_sample:
-        return EpochEvaluation()
-    net, reason = find_feature_net(given, model.data, world.device)
-    if net is None:
-        return EpochEvaluation(reason=reason)
-    count = given.get("eval_samples") or min(400, len(images.test))
-    passes = count * model.describe_sampling().get("network_evaluations", 1)
-    every = math.ceil(passes / (EVALUATION_SHARE * 3 * len(images.train)))  # a training step is about 3 passes
-    reference, real = (net(part[some_rows(part, count)]) for part in (images.test, images.train))
-    floors = {f"real_{k}": v for k, v in measure(real, reference, net, quick=True)[0].items() if not k.endswith("_std")}
-    return EpochEvaluation(net, reference, floors, count, every)
-
-
-def resumed_config(given: dict[str, Any], state: dict) -> Any:
-    """The run's own options; only its length and how often it saves may be changed half-way."""
-    if missing := {"model", "optimizers", "schedulers", "rng", "step", "epoch_done", "sums", "looked"} - state.keys():
-        raise UserError("--resume: the checkpoint holds averaged weights for drawing, but to continue it lacks "
-                        f"{', '.join(sorted(missing))}: only one that --mode train wrote can be continued")
-    config = FAMILIES[state["family"]].config_class(**state["config"])
-    wanted = config_given(given, state["family"])
-    for name, value in wanted.items():
-        if value != getattr(config, name) and name not in ("epochs", "save_every"):
-            raise UserError(f"--resume continues with --{name} {getattr(config, name)}: leave out --{name} {value}, or "
-                            "start a new run", 2)
-    config = dataclasses.replace(config, **wanted)
-    if config.epochs <= state["epoch_done"]:
-        raise UserError(f"--resume: the run is complete after {state['epoch_done']} epochs; give a larger --epochs", 2)
-    return config
-
-
-def run_train(given: dict[str, Any], world: World, precision: torch.dtype) -> int:
-    """--mode train"""
-    key, state = given.get("model", next(iter(FAMILIES))), None
-    dataset = given.get("dataset", "mnist")
-    if given.get("resume"):
-        state = open_checkpoint(default_paths(given, FAMILIES[key], dataset)[0])
-        if given.get("model", state["family"]) != state["family"]:
-            raise UserError(f"the checkpoint holds a {state['family']} model, not --model {key}", 2)
-        key, dataset = state["family"], given.get("dataset", state["data"]["dataset"])
-    check_flags(given, key)
-    checkpoint, results = default_paths(given, FAMILIES[key], dataset)
-    size = given.get("image_size") or (state["data"]["image_size"] if state else None)
-    images = DATASETS[dataset](given.get("data_root"), size, world)
-    if given.get("image_size", images.train.shape[-1]) != images.train.shape[-1]:
-        raise UserError(f"--image_size is for --dataset folder: {images.title} has {images.train.shape[-1]} pixels", 2)
-    if given.get("prepare_data"):
-        print(f"{images.title}: {len(images.train)} training and {len(images.test)} test images are ready")
+    def prepare(self, command: Command, world: World) -> int:
+        images = self.load(command, world)
+        if world.main:
+            say(f"{images.title}: {len(images.train)} training and {len(images.test)} test images are ready")
         return 0
-    if state:
-        same_data(state, checkpoint, images)
-        config = resumed_config(given, state)
-    else:
-        config = FAMILIES[key].config_class(**config_given(given, key))
+
+    def between(self, command: Command, model: ImageModel, data: Images, world: World) -> Between:
+        return Between(command, model, data, world)
+
+    def infer(self, command: Command, world: World) -> int:
+        """--mode infer: draw images."""
+        model, options = command.model(world), command.options(InferOptions)
+        if not (model.can_sample or options.export):
+            model.sample(None, Noise(0, [0], world.device))
+        results = results_folder(command.results())
+        labels, names = pick_labels(options.label, model) if model.can_sample else (None, None)
+        shipped = " (the shipped weights)" if command.path.parent == HERE / "pretrained" else ""
+        say(f"{title_of(model)} from {command.path}{shipped}")
+        if options.export:
+            export_model(model, command.state, options.export)
+            if not model.can_sample:
+                return 0
+        output, count, shown = options.output_dir and results_folder(options.output_dir), options.num_samples, []
+        digits, started = max(5, len(str(count - 1))), time.perf_counter()
+        for numbers, images in generate(model, labels, count, options.sample_batch,
+                                        "drawing" if count > options.sample_batch else ""):
+            shown += images[:max(0, GRID - len(shown))]
+            for i, image in zip(numbers, images, strict=True) if output else ():
+                label = re.sub(r"[^\w\-+.]", "-", names[i % len(names)]) if names else ""
+                with replacing(output / f"{i:0{digits}d}{f'_label{label}' if names else ''}.png") as file:
+                    picture(image).save(file, format="PNG")
+        seconds = time.perf_counter() - started
+        title = title_of(model, sampling_title(model))
+        grid_image(torch.stack(shown), results / "final_samples.png", title, names)
+        more = f" (the first {GRID} of them in the picture)" if count > GRID else ""
+        say(f"{count} image(s){more} -> {results / 'final_samples.png'}" + (f", each in {output}" if output else "")
+            + f"\n{seconds:.2f} s, {count / seconds:.1f} images/s on {world.device}")
+        return 0
+
+    def evaluate(self, command: Command, world: World) -> int:
+        """--mode evaluate: every metric with its floor (real training images in the place of the model's)."""
+        model, images = command.model(world), self.trained_on(command)
+        results = results_folder(command.results())
+        report = evaluate_model(command.options(EvaluateOptions), model, command.state, command.path, images)
+        write_json(results / "evaluation.json", report)
+        print_report(report, results / "evaluation.json")
+        return 0
+
+
+SUBJECT = ImageSubject()
+
+
+# === machine room ===
+# The same lines stand in both scripts, so that each runs alone. They know neither images nor sound: what they need
+# comes through FAMILIES, SUBJECT and the data object (info, describe, plan, training_batch, held_out).
+
+MODES = ("train", "infer", "evaluate")
+EXPLODED = 10  # a mean loss that rose by this many times the first one is divergence, not noise
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`; a device that is asked for and absent is an error."""
+    cuda, metal = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
+    name = ("cuda" if cuda else "mps" if metal else "cpu") if name == "auto" else name
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name, re.ASCII):
+        raise UserError(f"--device {name}: is not auto, cpu, cuda, cuda:N or mps", 2)
+    index = int(name[5:] or local_rank) if name.startswith("cuda") else -1
+    if index >= cuda or (name == "mps" and not metal):
+        raise UserError(f"--device {name}: PyTorch sees {cuda} CUDA device(s) here: use --device cpu or auto")
+    return torch.device("cuda", index) if index >= 0 else torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it natively (emulation is slower than float32)."""
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    elif name == "auto":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device.type == "cpu" else ()
+        name = "bfloat16" if any(getattr(torch.cpu, probe, bool)() for probe in probes) else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+class World:
+    """The processes of one torchrun; alone without it. Every rank runs the same steps, rank 0 alone writes."""
+
+    def __init__(self, device_name: str) -> None:
+        try:
+            self.rank, self.size, local = (int(os.environ.get(*pair)) for pair in
+                                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            if not 0 <= self.rank < self.size or local < 0:
+                raise ValueError(f"RANK {self.rank}, LOCAL_RANK {local} of WORLD_SIZE {self.size}")
+            self.device, self.main = pick_device(device_name, local), self.rank == 0
+            if self.size > 1:  # a master that can't be reached is waited for less than a minute
+                meeting = torch.distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=50))
+                torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                                     store=next(meeting)[0], rank=self.rank, world_size=self.size)
+        except (ValueError, RuntimeError) as error:
+            raise UserError("RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are not as torchrun sets them "
+                            f"({first_line(error)}): start the script with torchrun, or unset them", 2) from None
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes: one all-reduce over one flat buffer."""
+        if self.size > 1:
+            flat = torch.cat([t.detach().float().flatten() for t in tensors])
+            torch.distributed.all_reduce(flat)
+            for tensor, mean in zip(tensors, (flat / self.size).split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
+
+    def wait(self) -> None:
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+class Trainer:
+    """One training run: it owns the weights, their moving average, the optimizers and the position."""
+
+    def __init__(self, model: Family, data: Any, world: World, checkpoint: Path, results: Path,
+                 remembered: dict[str, Any]) -> None:
+        from torch.optim.swa_utils import AveragedModel
+        self.config, self.data, self.world = model.config, data, world
+        self.checkpoint, self.results, self.remembered = checkpoint, results, remembered
+        self.model = model.to(world.device, memory_format=torch.channels_last)
+        self.batch_size, self.steps_per_epoch = data.plan(self.config)
+        if self.batch_size % world.size:
+            raise UserError(f"--batch_size {self.batch_size} can't be shared by {world.size} processes: use a multiple "
+                            f"of {world.size}", 2)
+        self.total = self.config.epochs * self.steps_per_epoch
+        self.ema = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True)
+        self.averaged = self.ema.module  # all samples and held-out figures come from these weights
+        self.optimizers = {name: model.optimizer(player) for name, player in self.model.players().items()}
+        self.step = self.epoch_done = self.signal = 0
+        self.seconds, self.fresh, self.resumed = 0.0, True, False  # fresh: nothing of this run is written yet
+        self.history, self.stat_names, self.warned = [], [], []
+        self.sums = torch.zeros(2, device=world.device)  # of the epoch: loss, steps, statistics;
+        self.looked = torch.zeros(2, device=world.device)  # and what they were at the last look
+        self.stop_all = torch.zeros(1, device=world.device)
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._stop)
+
+    @torch.no_grad()
+    def _average(self, averaged: list[Tensor], current: list[Tensor], _count: Any) -> None:
+        """EMA whose memory grows with the run, so that early epochs do not show the initial weights."""
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
+
+    def _stop(self, number: int, _frame: Any) -> None:
+        """The first Ctrl-C or SIGTERM is a flag that the training loop looks at; a second one is immediate."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        say(f"\n{signal.Signals(number).name}: saving, then stopping (again: at once)", sys.stderr)
+
+    def stopped(self) -> int:
+        """The number of the signal that asked to stop, 0 if none: the same answer in all processes."""
+        if self.world.size > 1:
+            return (self.signal or int(signal.SIGTERM)) if self.stop_all.item() else 0
+        return self.signal
+
+    def save(self) -> None:
+        """Write the checkpoint, unless the weights have become useless: then the last good one stays."""
+        if not all(torch.isfinite(value).all() for value in self.model.state_dict().values()):
+            self._diverged("the weights are no longer finite")
+        self.world.average([self.sums, self.looked])  # so that another number of processes can take over
+        if self.world.main:
+            save_checkpoint(self.checkpoint, {
+                "format": SUBJECT.format, "family": family_name(type(self.model)), "made": provenance(),
+                "config": dataclasses.asdict(self.config), "data": dataclasses.asdict(self.model.data),
+                "run": self.remembered, "model": self.model.state_dict(), "ema": self.averaged.state_dict(),
+                "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}, "step": self.step,
+                "epoch_done": self.epoch_done, "sums": self.sums.cpu(), "looked": self.looked.cpu(),
+                "stat_names": self.stat_names, "seconds": self.seconds, "history": self.history}, self._keep_previous)
+            if self.fresh:  # what a checkpoint does not know happened after it, and will happen again
+                with replacing(self.results / "metrics.jsonl") as part:
+                    part.write_text("".join(json.dumps(r) + "\n" for r in self.history))
+        self.fresh = False
+
+    def _keep_previous(self) -> None:
+        """An earlier run's checkpoint and results move aside together, now that something whole takes their place."""
+        if not self.fresh or self.resumed:
+            return
+        names = ((self.checkpoint.with_suffix(f".previous{n}{self.checkpoint.suffix}"),
+                  Path(f"{self.results.resolve()}.previous{n}")) for n in itertools.count(1))
+        old, folder = next(pair for pair in names if not any(map(os.path.lexists, pair)))
+        for path in [self.results / name for name in SUBJECT.outputs if (self.results / name).exists()]:
+            os.replace(path, results_folder(folder) / path.name)
+        if self.checkpoint.exists():
+            os.replace(self.checkpoint, old)
+            say(f"the model that was in {self.checkpoint} is kept as {old.name}, its results in {folder}")
+
+    def load(self, state: dict) -> None:
+        """Continue where `state` stopped: on a CPU bit for bit."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.averaged.load_state_dict(state["ema"])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+            self.ema.n_averaged.fill_(state["step"])
+            self.step, self.epoch_done, self.seconds = state["step"], state["epoch_done"], float(state["seconds"])
+            self.sums, self.looked = (state[key].to(self.world.device) for key in ("sums", "looked"))
+            self.history, self.stat_names, self.resumed = list(state["history"]), list(state["stat_names"]), True
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.checkpoint} can't be resumed ({first_line(error)}): only one that --mode train of "
+                            "this version wrote can be continued") from None
+
+    def train_step(self) -> None:
+        share, total, stats = self.batch_size // self.world.size, 0.0, {}
+        rows = slice(self.world.rank * share, (self.world.rank + 1) * share)
+        draw = Draw(self.config.seed, self.step, self.batch_size, rows, self.world.device)
+        batch = self.data.training_batch(self.config, self.step, draw)._replace(progress=self.step / self.total)
+        for player, loss, more in self.model.losses(batch):
+            optimizer, parameters = self.optimizers[player], list(self.model.players()[player].parameters())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.stop_all.fill_(float(self.signal))  # rides along: all processes stop after the same step
+            self.world.average([*(p.grad for p in parameters if p.grad is not None), self.stop_all, *more.values()])
+            nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.config.rate(self.step, self.total)
+            optimizer.step()
+            total, stats = total + loss.detach(), stats | more
+        if self.stat_names != list(stats):  # the first step
+            self.stat_names = list(stats)
+            self.sums, self.looked = (F.pad(sums[:2], (0, len(stats))) for sums in (self.sums, self.looked))
+        self.sums += torch.stack([total, torch.ones_like(total), *stats.values()])
+        self.ema.update_parameters(self.model)
+        self.step += 1
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        """Means over steps and processes of the loss and the family's statistics."""
+        found = sums / sums[1]
+        self.world.average([found])
+        loss, _, *stats = found.tolist()
+        values = {"loss": loss, **dict(zip(self.stat_names, stats, strict=True))}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self._diverged(f"the {name} is {value}")
+        return values
+
+    def _diverged(self, what: str) -> None:
+        kept = "nothing of this run was written, an earlier one is untouched" if self.fresh else \
+            f"the last good checkpoint is kept in {self.checkpoint}"
+        raise UserError(f"training diverged at step {self.step}: {what}; {kept}. Try a lower --learning_rate or "
+                        "--precision float32")
+
+    def record(self, **values: Any) -> None:
+        """Append a line to metrics.jsonl and to the history that the checkpoint carries."""
+        self.history.append({"step": self.step, **values})
+        if self.world.main and not self.fresh:
+            with open(self.results / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(self.history[-1], allow_nan=False) + "\n")
+
+    def fit(self, between: Any) -> None:
+        """Train to the last epoch or a stop signal; `between` measures and draws after each epoch."""
+        while self.epoch_done < self.config.epochs and not self.stopped():
+            self._epoch(self.epoch_done + 1)
+            if self.step == (self.epoch_done + 1) * self.steps_per_epoch:
+                self._finish_epoch(self.epoch_done + 1, between)
+        self.save()
+
+    def _epoch(self, epoch: int) -> None:
+        end, start = epoch * self.steps_per_epoch, self.step - (epoch - 1) * self.steps_per_epoch
+        self.model.train()
+        started = time.perf_counter()
+        with progress(self.steps_per_epoch * self.batch_size, f"epoch {epoch}/{self.config.epochs}",
+                      not self.world.main, initial=start * self.batch_size, unit=SUBJECT.unit) as bar:
+            while self.step < end:
+                self.train_step()
+                if self.step % SUBJECT.log_every == 0 or self.step == end:
+                    self._look(bar)
+                    self.seconds, started = self.seconds + time.perf_counter() - started, time.perf_counter()
+                if self.stopped():
+                    break
+                if self.step % self.config.save_every == 0 and self.step < end:
+                    self.save()
+                bar.update(self.batch_size)
+        self.seconds += time.perf_counter() - started
+
+    def _look(self, bar: Any) -> None:
+        """Fetch the mean loss since the last look: log it, and stop a run that has left the rails."""
+        values = self.means(self.sums - self.looked)
+        self.looked.copy_(self.sums)
+        first = next((r["loss"] for r in self.history if "loss" in r and "epoch" not in r), values["loss"])
+        if self.model.descends and values["loss"] > first + EXPLODED * max(abs(first), 1):  # losses may be negative
+            self._diverged(f"the loss rose from {first:.3g} to {values['loss']:.3g}")
+        self.record(**values)
+        bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+
+    def _finish_epoch(self, epoch: int, between: Any) -> None:
+        """Save first, then measure and draw: a crash while measuring costs nothing but the measurement."""
+        self.averaged.eval()
+        figures = held_out(self.averaged, self.data, self.world.device)
+        if not all(map(math.isfinite, figures.values())):
+            self._diverged("the held-out figures are not finite")
+        self.save()
+        rate = self.step * self.batch_size / self.seconds
+        values = {"epoch": epoch, **self.means(self.sums), "seconds": round(self.seconds, 2),
+                  f"{SUBJECT.unit}s_per_second": round(rate, 1),
+                  "learning_rate": next(iter(self.optimizers.values())).param_groups[0]["lr"]} | figures
+        values |= between.measure(self, epoch) if self.world.main else {}
+        self.sums.zero_()
+        self.looked.zero_()
+        self.epoch_done = epoch
+        self.record(**values)
+        if self.world.main:
+            between.draw(self, epoch)
+        self.save()
+        if self.world.main:
+            shown = (f", {k} {v:.4g}" for k, v in values.items() if isinstance(v, float) and not k.endswith("_std")
+                     and (k in self.stat_names or k.startswith(SUBJECT.shown)))
+            say(f"epoch {epoch}: loss {values['loss']:.4f}, {rate:.0f} {SUBJECT.unit}s/s" + "".join(shown))
+            for line in (found := self.model.warnings(values)):
+                if line not in self.warned:
+                    say(f"warning: {line}", sys.stderr)
+            self.warned = found  # said again when it comes back, not every epoch
+
+
+@dataclass(frozen=True)
+class RunOptions:  # flags of every mode
+    mode: str = option("train", "run", "what to do", choices=MODES)
+    model: str | None = option(None, "run", "family; else the first to train, the latest to see", choices=[*FAMILIES])
+    checkpoint: Path | None = option(None, "run", "file to write or read; else in models/ (or pretrained/)", Path)
+    results_dir: Path | None = option(None, "run", "folder to write to; else results/ beside this script", Path)
+    device: str = option("auto", "run", "auto, cpu, cuda, cuda:N or mps", str)
+    precision: str = option("auto", "run", "of the networks; auto: bfloat16 where the hardware has it",
+                            choices=("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class TrainOptions:  # flags of training any family
+    resume: bool = option(False, "run", "continue the run that --checkpoint holds, exactly: it knows its options")
+    prepare_data: bool = option(False, "data", "only fetch and check the data, then exit (status 3: no network)")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line, read: what was `given` for which family, and the checkpoint (`state` from `path`) to look at."""
+    mode: str
+    key: str
+    given: dict[str, Any]
+    path: Path | None = None
+    state: dict | None = None
+
+    def options(self, kind: type) -> Any:
+        """The flags of one dataclass, the others at their defaults."""
+        return kind(**known_fields(kind, self.given))
+
+    def results(self) -> Path:
+        return self.given.get("results_dir") or HERE / "results" / FAMILIES[self.key].results_folder
+
+    def model(self, world: World) -> Family:
+        """The checkpoint's, with the options that were given, ready to be looked at."""
+        config = known_fields(FAMILIES[self.key].config_class, self.given)
+        model = restore_model(self.state, **config).to(world.device).eval()
+        model.precision = pick_precision(self.given.get("precision", "auto"), world.device)
+        return model
+
+
+def flags(mode: str, key: str, extra: type | None = None) -> dict[str, dataclasses.Field]:
+    """What a mode and family can be told, name -> field; `extra` takes the place of the mode's own options."""
+    kinds = [RunOptions, *[TrainOptions] * (mode == "train"), SUBJECT.data_options[mode], FAMILIES[key].config_class,
+             extra or FAMILIES[key].options[mode]]
+    return {f.name: f for kind in kinds for f in dataclasses.fields(kind)
+            if mode == "train" or f.metadata["group"] not in ("optimisation", "model")}
+
+
+def unknown_flag(word: str, mode: str, key: str) -> str:
+    """Whose flag it is, where another mode or family has it."""
+    name = word.removeprefix("--").split("=")[0]
+    uses = [(m, k) for m in MODES for k in FAMILIES if name in flags(m, k)]
+    if not word.startswith("--") or not uses:
+        near = difflib.get_close_matches(name, {n for m in MODES for k in FAMILIES for n in flags(m, k)}, 1)
+        return f"unknown argument {word}" + (f": did you mean --{near[0]}?" if near else " (--help lists all flags)")
+    if families := [k for m, k in uses if m == mode]:
+        return f"--{name} belongs to --model {' or '.join(families)}, not to {key}"
+    fixed = ": the checkpoint fixes it" * (name in {f.name for f in dataclasses.fields(FAMILIES[key].config_class)})
+    modes = " or ".join(dict.fromkeys(m for m, _ in uses))
+    return f"--{name} has no effect with --mode {mode}, only with --mode {modes}{fixed}"
+
+
+def environment(known: dict[str, dataclasses.Field]) -> list[str]:
+    """For the wrappers: variables named like flags, in capitals, as flags; near misses are said."""
+    words: list[str] = []
+    for variable, value in os.environ.items() if os.environ.get("FLAGS_FROM_ENVIRONMENT") == "1" else ():
+        name = variable.lower()
+        if name in known and variable.isupper() and name != "mode" and value:
+            yes = value.lower() not in ("0", "no", "false")
+            if isinstance(known[name].default, bool):
+                words += [f"--{'' if yes else 'no-'}{name}"] * (yes != known[name].default)
+            elif known[name].metadata["nargs"] and not os.path.exists(value):  # several: "my song.wav" b.wav
+                words += [f"--{name}", *(word.strip("\"'") for word in re.findall(r"\"[^\"]*\"|'[^']*'|\S+", value))]
+            else:
+                words.append(f"--{name}={value}")
+        elif variable.isupper() and name not in known and (near := difflib.get_close_matches(name, known, 1, 0.85)):
+            say(f"warning: the variable {variable} is ignored: did you mean {near[0].upper()}?", sys.stderr)
+    return words
+
+
+def read_command(argv: Sequence[str] | None, mode: str = "", able: Sequence[str] = (), extra: type | None = None,
+                 **parser: Any) -> Command:
+    """Two stages: what decides which flags there are (--mode, --model, --checkpoint, --resume, --dataset), then those.
+    `able` are the families to choose from where none is named."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    early = [*dataclasses.fields(RunOptions)[:3], dataclasses.fields(TrainOptions)[0],
+             *(f for f in dataclasses.fields(SUBJECT.data_options["infer"]) if f.name == "dataset")]
+    mode = mode or vars(Parser(early, add_help=False).parse_known_args(words)[0]).get("mode", "train")
+    words = environment({n: f for k in able or FAMILIES for n, f in flags(mode, k, extra).items()}) + words
+    first = vars(Parser(early, add_help=False).parse_known_args(words)[0])
+    keys = [first["model"]] if "model" in first else able or ([*FAMILIES] if mode == "train" else SUBJECT.preferred)
+    path = state = None
+    if (mode != "train" or "resume" in first) and not {"-h", "--help"} & set(words):
+        path, state = find_checkpoint(first, keys)
+    key = state["family"] if state else keys[0]
+    given, unknown = Parser(flags(mode, key, extra).values(), **parser).parse_known_args(words)
+    if unknown:
+        raise UserError(unknown_flag(unknown[0], mode, key), 2)
+    if key not in keys and ("model" in first or able):
+        raise UserError(f"{path} holds a {key} model, needed is {' or '.join(keys)}: name another --checkpoint", 2)
+    return Command(mode, key, remembered(vars(given), state, path, mode) if state else vars(given), path, state)
+
+
+def remembered(given: dict[str, Any], state: dict, path: Path, mode: str) -> dict[str, Any]:
+    """What the run that is continued was told, unless it may change half-way; for a look at a model, its data."""
+    known = {n: f for n, f in flags("train", state["family"]).items() if mode == "train" or n in SUBJECT.remembered}
+    run = state.get("run", {"dataset": state["data"]["dataset"]}) | state["config"]
+    run = {name: Path(value) if value is not None and known[name].metadata["type"] is Path else value
+           for name, value in run.items() if name in known and (mode == "train" or value is not None)}
+    for name, value in given.items():
+        if name in run and run[name] != value and name not in ("epochs", "save_every", "device") and \
+                known[name].metadata["type"] is not Path:  # folders may have moved: what is in them is compared
+            raise UserError(f"{path} was made with --{name} {run[name]}: leave out --{name} {value}, or "
+                            + ("start a new run" if mode == "train" else "name another --checkpoint"), 2)
+    return {name: value for name, value in run.items() if value is not None} | given
+
+
+def find_checkpoint(first: dict[str, Any], keys: Sequence[str]) -> tuple[Path, dict]:
+    """The file that was named; else the latest that was trained, unless on stand-in data (which train.sh takes where
+    nothing can be downloaded); else what is shipped."""
+    if "checkpoint" in first:
+        return first["checkpoint"], load_checkpoint(first["checkpoint"])
+    dataset, resume = first.get("dataset", SUBJECT.dataset), "resume" in first
+    shipped = next((p for k in keys if (p := SUBJECT.shipped(k, dataset)).exists() and not resume), None)
+    trained = [path for k in keys for path in (HERE / "models").glob(FAMILIES[k].file_name(None))
+               if ".previous" not in path.name]
+    for path in sorted(trained, key=lambda path: path.stat().st_mtime, reverse=True):
+        state = load_checkpoint(path)
+        held = state["data"]["dataset"]
+        if shipped and "dataset" not in first and held in SUBJECT.stand_ins:
+            say(f"{path} was trained on stand-in data ({state['data']['title']}): this takes the shipped weights, "
+                f"--checkpoint {path} takes that one")
+        elif resume or first.get("dataset", held) == held:
+            say(f"this takes {path}" + f"; --checkpoint {shipped} takes the shipped weights" * bool(shipped))
+            return path, state
+    if shipped is None:
+        raise UserError(f"no {' or '.join(keys)} model for {dataset} to take: train one with --mode train, or name a "
+                        "file with --checkpoint")
+    return shipped, load_checkpoint(shipped)
+
+
+def run_train(command: Command, world: World) -> int:
+    """--mode train"""
+    family, state, given, results = FAMILIES[command.key], command.state, command.given, command.results()
+    if "prepare_data" in given:
+        return SUBJECT.prepare(command, world)
+    config = command.options(family.config_class)
+    if state and (not isinstance(done := state.get("epoch_done"), int) or config.epochs <= done):
+        raise UserError(f"--resume: the run in {command.path} is complete (or shipped weights): give more --epochs", 2)
+    data = SUBJECT.load(command, world)
+    info = data.info()
+    if state and info != DataInfo(**known_fields(DataInfo, state["data"])):
+        raise UserError(f"{command.path} was trained on other data ({state['data']['title']}): give its --data_root")
     torch.manual_seed(config.seed)
-    model = FAMILIES[key](config, images.info())
-    labels, names = pick_labels(given, model)
+    model = family(config, info).to(world.device)
+    checkpoint = command.path or given.get("checkpoint") or HERE / "models" / family.file_name(info)
+    if checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is a folder: --checkpoint takes a file")
     if world.main:
-        check_outputs(results, checkpoint)
-    trainer = Trainer(model, images, world, precision, given.get("compile", False), checkpoint, results)
-    evaluation = epoch_evaluation(given, model, images, world)
+        locks = lock(checkpoint.with_name(f".{checkpoint.name}.lock")), lock(results_folder(results) / ".lock")
+    between = SUBJECT.between(command, model, data, world)
+    if not state:
+        model.prepare(data, world.device)
+        world.average([t for t in model.state_dict().values() if t.is_floating_point()])  # all start from the same
+    model.precision = pick_precision(given.get("precision", "auto"), world.device)  # not yet while it prepares
+    known = {name: str(value.resolve()) if isinstance(value, Path) else value
+             for kind in (SUBJECT.data_options["train"], family.options["train"])
+             for name, value in dataclasses.asdict(command.options(kind)).items()}
+    trainer = Trainer(model, data, world, checkpoint, results, known | between.remembered | {
+        "precision": str(model.precision).removeprefix("torch."), "results_dir": str(results.resolve())})
     if state:
         trainer.load(state)
     if world.main:
-        keep_previous(checkpoint, state)
-        announce(trainer, evaluation)
-
-    def draw(name: str, *title: str) -> None:
-        count = min(given.get("num_samples", 16), GRID)
-        drawn = generate_all(trainer.sampler, labels, count, config.seed, given.get("sample_batch", 250), world)
-        if world.main:
-            grid_image(drawn, results / name, title_of(model, *title), names)
-
-    def on_epoch(epoch: int) -> None:
-        milestone = epoch in (1, 5, config.epochs) or epoch % model.panel_every == 0
-        if model.can_sample and milestone:
-            draw(f"epoch_comparisons/samples_epoch_{epoch:03d}.png", f"epoch {epoch}")
-        if world.main and (milestone or epoch < 20):  # an epoch of a small dataset is shorter than drawing a chart
-            draw_curves(trainer)
-
-    trainer.fit(evaluation, on_epoch)
-    if trainer.stopped() and trainer.epoch_done < config.epochs:  # a signal in the last step: nothing is left to resume
-        if world.main:
-            print(f"stopped at step {trainer.step} of {config.epochs * trainer.steps_per_epoch}; --resume continues "
-                  f"from {checkpoint}", file=sys.stderr)
-        return 128 + trainer.stopped()
-    if model.can_sample:
-        draw("final_samples.png", f"after {config.epochs} epochs", sampling_title(model))
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        say(f"{command.key} ({size:.2f} M parameters) on {data.describe()}; {world.device}, "
+            f"{trainer.remembered['precision']}, {world.size} process(es)" + "".join(f"\n{n}" for n in between.notes)
+            + f"\nresuming {checkpoint} at step {trainer.step} of {trainer.total}" * bool(state))
+    trainer.fit(between)
+    stopped = trainer.stopped() if trainer.epoch_done < config.epochs else 0  # by a signal, with something left to do
     if world.main:
-        print(f"trained for {trainer.seconds / 60:.1f} minutes; model in {checkpoint}, pictures in {results}")
-    return 0
+        say(f"stopped at step {trainer.step} of {trainer.total}: --resume --checkpoint {checkpoint} goes on" if stopped
+            else f"trained for {trainer.seconds / 60:.1f} minutes; model in {checkpoint}, results in {results}")
+        del locks
+    return 128 + stopped if stopped else 0
 
 
-def check_outputs(results: Path, checkpoint: Path) -> None:
-    check_writable(results)
-    check_writable(checkpoint.parent)
-    if checkpoint.is_dir():
-        raise UserError(f"{checkpoint} is a folder: --checkpoint takes a file")
-
-
-def keep_previous(checkpoint: Path, state: dict | None) -> None:
-    """A new run destroys no model of an earlier one: it is moved aside, to a name that is still free."""
-    if state is None and checkpoint.exists():
-        names = (checkpoint.with_suffix(f".previous{n}{checkpoint.suffix}") for n in itertools.count(1))
-        old = next(name for name in names if not os.path.lexists(name))
-        os.replace(checkpoint, old)
-        print(f"the model that was in {checkpoint} is kept as {old.name} (--resume would have continued it)")
-
-
-def announce(trainer: Trainer, evaluation: EpochEvaluation) -> None:
-    """What is about to happen, in a few lines."""
-    model, world, config = trainer.model, trainer.world, trainer.config
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{family_name(model)} ({size:.2f} M parameters) on {model.data['title']}: {len(trainer.images.train)} "
-          f"training and {len(trainer.images.test)} test images of {model.data['image_size']} pixels; {world.device}, "
-          f"{str(model.precision).removeprefix('torch.')}, {world.size} process(es)")
-    if trainer.batch_size < config.batch_size:
-        print(f"--batch_size {config.batch_size} is more than there are images: using {trainer.batch_size}")
-    if trainer.step:
-        print(f"resuming {trainer.checkpoint} at step {trainer.step} of {config.epochs * trainer.steps_per_epoch}")
-    if evaluation.net is not None:
-        print(f"every {evaluation.every} epoch(s): {evaluation.count} samples measured against as many test images "
-              f"by {evaluation.net.name}")
-    elif evaluation.reason:
-        print(f"no FID while training: {evaluation.reason}")
-
-
-def sampling_title(model: Family) -> str:
-    how = model.describe_sampling()
-    return ", ".join(f"{how[k]} {k}" if k == "steps" else f"{how[k]}" for k in ("sampler", "steps") if k in how)
-
-
-def open_model(given: dict[str, Any], world: World, precision: torch.dtype) -> tuple[Family, dict, Path, Path]:
-    """(model, its checkpoint's content and path, results folder). Without --checkpoint and before any training: the
-    shipped weights. A checkpoint that is named and missing is an error."""
-    able = next(name for name, family in FAMILIES.items() if given.get("task", "sample") in family.tasks)
-    key, dataset = given.get("model", able), given.get("dataset", "mnist")
-    path = default_paths(given, FAMILIES[key], dataset)[0]
-    if "checkpoint" not in given and not path.exists():
-        path = HERE / "pretrained" / f"{key}_{dataset}.pt"
-        if not path.exists():
-            raise UserError(f"no {key} model for {dataset} yet: train one with --mode train, or name a checkpoint with "
-                            "--checkpoint")
-    state = open_checkpoint(path)
-    for name, holds in (("model", state["family"]), ("dataset", state["data"]["dataset"]),
-                        ("image_size", state["data"]["image_size"])):
-        if given.get(name, holds) != holds:
-            raise UserError(f"{path} was made with --{name} {holds}, not {given[name]}: name another --checkpoint", 2)
-    check_flags(given, state["family"])
-    model = restore_model(state, **config_given(given, state["family"])).to(world.device).eval()
-    model.precision = precision
-    results = default_paths(given, type(model), dataset)[1]
-    if world.main:
-        check_writable(results)
-    return model, state, path, results
-
-
-def run_infer(given: dict[str, Any], world: World, precision: torch.dtype) -> int:
-    """--mode infer"""
-    if world.size > 1:
-        raise UserError("--mode infer runs in one process: start it without torchrun", 2)
-    model, state, path, results = open_model(given, world, precision)
-    if given.get("task", "sample") != "sample":
-        return explorer().run(given, model, state, path, results)
-    count, batch, output = given.get("num_samples", 16), given.get("sample_batch", 250), given.get("output_dir")
-    labels, names = pick_labels(given, model)
-    if "export" in given and given["export"].exists() and given["export"].samefile(path):
-        raise UserError(f"--export {given['export']} would replace the checkpoint that is read: name another file", 2)
-    if output:
-        check_writable(output)
-    shipped = " (the shipped weights)" if path.parent == HERE / "pretrained" else ""
-    print(f"{title_of(model)} from {path}{shipped}", flush=True)
-    if "export" in given:
-        save_checkpoint(given["export"], export_state(model, state))
-        print(f"averaged weights in half precision -> {given['export']}")
-        if not model.can_sample:
-            return 0
-    shown, started = [], time.perf_counter()
-    with progress(count, "drawing", count <= batch, unit="image", leave=False) as bar:
-        for part, images in generate(model, labels, count, model.config.seed, batch, world, bar):
-            shown += images[:max(0, GRID - len(shown))]
-            for i, image in zip(part, images, strict=True) if output else ():
-                label = "".join(c if c.isalnum() or c in "-+." else "-" for c in names[i % len(names)]) if names else ""
-                with replacing(output / f"{i:05d}{'_label' + label if names else ''}.png") as file:
-                    picture(image).save(file, format="PNG")
-    seconds = time.perf_counter() - started
-    grid_image(torch.stack(shown), results / "final_samples.png", title_of(model, sampling_title(model)), names)
-    more = f" (the first {GRID} of them in the picture)" if count > GRID else ""
-    print(f"{count} image(s){more} -> {results / 'final_samples.png'}" + (f", each one in {output}" if output else ""))
-    print(f"{seconds:.2f} s, {count / seconds:.1f} images/s on {world.device}")
-    return 0
-
-
-def export_state(model: Family, state: dict) -> dict:
-    """What is shipped: averaged weights in half precision, the description, the last figures and the origin."""
-    return {"format": FORMAT, "family": state["family"], "config": dataclasses.asdict(model.config),
-            "data": state["data"], "ema": module_state(model, half=True),
-            "history": [r for r in state["history"] if "epoch" in r][-1:], "made": state["made"]}
-
-
-def explorer() -> Any:
-    """The sibling script explore.py, which holds what only looks at trained models. It imports this one."""
-    import importlib.util
-    path = HERE / "explore.py"
-    if not path.exists():
-        raise UserError(f"this needs {path}, which belongs beside this script: copy it there")
-    sys.modules["image_gen"] = sys.modules[__name__]  # also when this one runs as __main__
-    spec = importlib.util.spec_from_file_location("explore", path)
-    sys.modules["explore"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["explore"])
-    return sys.modules["explore"]
-
-
-def run_evaluate(given: dict[str, Any], world: World, precision: torch.dtype) -> int:
-    """--mode evaluate: every metric with its floor (real training images in the place of the model's)."""
-    if "compare" in given:
-        return explorer().compare(given, world, precision)
-    model, state, path, results = open_model(given, world, precision)
-    report = evaluate_model(given, model, state, path, load_test_data(given, model, state, path, world), world)
-    if world.main:
-        write_json(results / "evaluation.json", report)
-        print_report(report, results / "evaluation.json")
-    return 0
-
-
-def load_test_data(given: dict[str, Any], model: Family, state: dict, path: Path, world: World | None) -> Images:
-    images = DATASETS[model.data["dataset"]](given.get("data_root"), model.data["image_size"], world)
-    same_data(state, path, images)
-    return images
-
-
-def evaluate_model(given: dict[str, Any], model: Family, state: dict, path: Path, images: Images,
-                   world: World) -> dict[str, Any]:
-    """All that can be measured of a model; on all processes, but only the main one's result is complete."""
-    started = time.perf_counter()
-    report = {"model": family_name(model), "checkpoint": str(path), "checkpoint_sha256": file_digest(path),
-              "parameters": sum(p.numel() for p in model.parameters()),
-              "training_seconds": state.get("seconds", next(
-                  (r["seconds"] for r in reversed(state["history"]) if "seconds" in r), None)),
-              "training_made": state["made"], "dataset": model.data["title"],
-              "seed": model.config.seed, "device": str(world.device),
-              "precision": str(model.precision).removeprefix("torch.")} | model.describe_sampling()
-    if model.can_sample:
-        report |= evaluate_samples(given, model, images, world)
-        report |= drawing_speed(model, world) if world.main else {}
-    else:
-        report["metrics"] = {}
-    if model.measures_held_out:
-        figures = held_out(model, images, len(images.test), world.device)
-        report["metrics"] |= {k: {"value": v, "n": len(images.test), "reference": "test"} for k, v in figures.items()}
-    return report | {"seconds": round(time.perf_counter() - started, 1), "machine": provenance()}
-
-
-def drawing_speed(model: Family, world: World) -> dict[str, Any]:
-    """Milliseconds per image in batches of one and of the size that does best: medians of about a second's work for
-    each size, up to the first that takes more than five."""
-    found: dict[int, float] = {}
-    for size in (1, 8, 64, 256):
-        labels, times = proportional_labels(model.data, size, model.labelled), []
-        while not times or (len(times) < 100 and sum(times) < (1 if len(times) > 1 else 5)):
-            started = time.perf_counter()
-            noise = ImageNoise(0, range(size), world.device)
-            to_uint8(model.sample(None if labels is None else labels.to(world.device), noise)).cpu()
-            times.append(time.perf_counter() - started)
-        found[size] = 1000 / size * float(np.median(times[1:] or times))  # the first one warms up
-        if sum(times) > 5:
-            break
-    best = min(found, key=found.__getitem__)
-    return {"ms_per_image_at_batch_1": round(found[1], 4), "ms_per_image_at_best_batch": round(found[best], 4),
-            "best_batch": best}
-
-
-def evaluate_samples(given: dict[str, Any], model: Family, images: Images, world: World) -> dict[str, Any]:
-    """Draw, measure, and measure as many real training images in the same way."""
-    net, reason = find_feature_net(given, model.data, world.device)
-    count = given.get("eval_samples") or min(10_000, len(images.test))
-    labels, started = proportional_labels(model.data, count, model.labelled), time.perf_counter()
-    drawn = generate_all(model, labels, count, model.config.seed, given.get("sample_batch", 250), world, "drawing")
-    seconds = time.perf_counter() - started
-    metrics: dict[str, Any] = {}
-    report = {"num_samples": count, "sampling_seconds": round(seconds, 1),
-              "images_per_second": round(count / seconds, 1), "metrics": metrics}
-    if not world.main:
-        return report
-    order = some_rows(images.train, count)
-    real, reference = images.train[order], images.test[some_rows(images.test, count)]
-    common = {"n": count, "n_floor": len(real), "n_reference": len(reference), "reference": "test"}
-    if net is not None:
-        target = net(reference)
-        values, reasons = measure(net(drawn), target, net, labels)
-        floors, _ = measure(net(real), target, net, images.train_labels[order])
-        for key, value in values.items():
-            metrics[key] = {"value": value, "floor": floors.get(key), **common, "feature_net": net.name,
-                            "feature_net_sha256": net.digest} | ({"reason": reasons[key]} if key in reasons else {})
-    else:
-        metrics["fid"] = {"value": None, "reason": reason}
-    distances = nearest_distance(reference, images.train)
-    threshold = torch.quantile(distances, 0.01)
-    near = [(d < threshold).float().mean().item() for d in (nearest_distance(drawn, images.train), distances)]
-    metrics["near_copies"] = {"value": near[0], "floor": near[1], **common, "threshold": threshold.item(), "definition":
-                              "share of images nearer to a training image (Euclidean distance of pixels) than the "
-                              "nearest hundredth of the test images is; the floor is the test images' own share"}
-    return report
-
-
-def print_report(report: dict[str, Any], path: Path) -> None:
-    how = [f"{k} {report[k]}" for k in ("sampler", "steps", "guidance", "num_samples") if k in report]
-    print(f"{report['model']} on {report['dataset']}: {', '.join([*how, 'seed ' + str(report['seed'])])}")
-    minutes = "unknown" if report["training_seconds"] is None else f"{report['training_seconds'] / 60:.1f} minutes"
-    alone, best = (report.get(f"ms_per_image_at_{key}", 0) for key in ("batch_1", "best_batch"))
-    print(f"{report['parameters'] / 1e6:.2f} M parameters, trained for {minutes}" + (
-        f"; {alone:.3g} ms for one image, {best:.3g} ms each in batches of {report['best_batch']}" if best else ""))
-    print(f"{'metric':34}{'value':>12}{'real data':>12}")
-    for key, entry in report["metrics"].items():
-        cells = "".join(f"{'-' if entry.get(k) is None else format(entry[k], '.4f'):>12}" for k in ("value", "floor"))
-        print(f"{key:34}{cells}" + (f"  ({entry['reason']})" if "reason" in entry else ""))
-    print(f"-> {path}")
+def guarded(run: Callable[[], int]) -> int:
+    """Any failure that a user can mend is one line; returns the exit status."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: closed before the start
+    for stream in streams:
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII only
+    code, text = 0, ""
+    try:
+        code = run()
+    except UserError as error:
+        code, text = error.code, str(error)
+    except KeyboardInterrupt:
+        code, text = 130, "stopped"
+    except OSError as error:  # a disk that fills up, a folder that vanishes
+        code, text = 1, f"{error.filename or 'file'}: {error.strerror or error}; checkpoints written so far are whole"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+                words in str(error) for words in ("DefaultCPUAllocator", "can't allocate memory")):  # torch's on CPUs
+            raise
+        code, text = 1, "out of memory: lower --batch_size or --sample_batch, give less data, or use --device cpu"
+    if text and sys.stderr:
+        say("error: " + " ".join(text.splitlines()), sys.stderr)
+        if where := os.environ.get("ERROR_FILE"):  # torchrun prints more below: train.sh repeats this line after it
+            Path(where).write_text(f"{code} {text}\n")
+    for stream in streams:  # what can't be written is dropped: the interpreter would complain about it at its end
+        say("", stream, "")
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    world = None
-    try:
-        given = {"mode": "train"} | vars(build_parser().parse_args(argv))
-        check_flags(given, given.get("model"))
-        world = World(given.get("device", "auto"))
-        precision = pick_precision(given.get("precision", "auto"), world.device)
-        run = {"train": run_train, "infer": run_infer, "evaluate": run_evaluate}[given["mode"]]
-        status = run(given, world, precision)
+
+    def run() -> int:
+        command = read_command(argv, description=__doc__.split("\n\n")[0])
+        world = World(command.given.get("device", "auto"))
+        if command.mode != "train" and world.size > 1:
+            raise UserError(f"--mode {command.mode} runs in one process: start it without torchrun", 2)
+        run_mode = {"train": run_train, "infer": SUBJECT.infer, "evaluate": SUBJECT.evaluate}[command.mode]
+        status = run_mode(command, world)
         world.wait()  # a process that leaves early breaks the connections of those still at work
         return status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print("error: stopped", file=sys.stderr)
-        return 130
-    except OSError as error:  # a disk that fills up, a folder that vanishes
-        name = " ".join(str(error.filename or "file").splitlines())
-        print(f"error: {name}: {error.strerror or error}; checkpoints written so far are whole", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError:
-        print("error: out of memory: lower --batch_size or --sample_batch, or use --device cpu", file=sys.stderr)
-        return 1
-    finally:
-        if world is not None:
-            world.close()
+
+    return guarded(run)
 
 
 if __name__ == "__main__":
     exit_status = main()
     if os.environ.get("WORLD_SIZE", "1") != "1":  # gloo's threads now and then abort an orderly shutdown (torch 2.11)
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(exit_status)
     sys.exit(exit_status)
