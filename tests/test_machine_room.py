@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 import types
 import zipfile
 from pathlib import Path
@@ -533,30 +534,33 @@ def test_memory_of_the_gpu_names_the_cpu_and_other_errors_stay_what_they_are(scr
         script.call(*script.run())
 
 
-@pytest.mark.parametrize("streams", [("stdout",), ("stdout", "stderr")], ids="+".join)
-def test_reader_that_goes_away_does_not_end_a_training(script, reference, python, tmp_path, streams):
+@pytest.mark.parametrize("numbers", [(1,), (1, 2)], ids=["stdout", "stdout and stderr"])
+def test_reader_that_goes_away_does_not_end_a_training(script, reference, numbers):
     """`./train.sh | head -1`, `./train.sh 2>&1 | head -1`"""
-    gone, pipe = os.pipe()
-    os.close(gone)
-    process = python(script.driver(tmp_path), *script.run(), cwd=tmp_path, **dict.fromkeys(streams, pipe))
-    os.close(pipe)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and "Traceback" not in (err or "") and "Broken" not in (err or ""), err
-    assert_same_run(".", reference())
+    def run():
+        gone, pipe = os.pipe()
+        os.close(gone)
+        for number, name in zip(numbers, ("stdout", "stderr")):
+            os.dup2(pipe, number)
+            setattr(sys, name, open(number, "w"))  # noqa: SIM115
+        return script.module.main(script.run())
+
+    whole = reference()  # made before the copy of this process, which is faster for it
+    assert forked(run) == 0
+    assert_same_run(".", whole)
 
 
-@pytest.mark.parametrize("arguments", ["infer", "help", "error"])
+@pytest.mark.parametrize("arguments", ["infer", "help"])
 def test_reader_that_has_gone_ends_the_program_quietly(script, model_file, python, tmp_path, arguments):
     """`... | head -1`"""
     model_file()
-    words = {"infer": script.infer(), "help": ("--help",), "error": ("--nonsense",)}[arguments]
     gone, pipe = os.pipe()
     os.close(gone)
-    process = python(script.driver(tmp_path), *words, cwd=tmp_path, stdout=pipe)
+    process = python(script.driver(tmp_path), *(script.infer() if arguments == "infer" else ["--help"]), cwd=tmp_path,
+                     stdout=pipe)
     os.close(pipe)
     _, err = process.communicate(timeout=300)
-    assert process.returncode == (2 if arguments == "error" else 0), err
-    assert "Traceback" not in err and "Exception" not in err and len(err.splitlines()) == (arguments == "error")
+    assert process.returncode == 0 and err == ""
 
 
 def test_terminal_that_knows_ascii_only_is_enough(script, model_file, monkeypatch):
@@ -641,7 +645,8 @@ def test_hostile_checkpoint_is_one_error_and_never_run(script, model_file, kind)
 
 def test_checkpoint_that_lacks_or_garbles_a_part_never_ends_in_a_traceback(script, model_file):
     state = read(model_file())
-    broken = [(f"no {key}", {k: v for k, v in state.items() if k != key}) for key in state]
+    broken = [(f"no {key}", {k: v for k, v in state.items() if k != key}) for key in state
+              if f"no {key}" not in HOSTILE]
     broken += [(f"{key} {value}", state | {key: value}) for key in state.keys() - {"format"}
                for value in (None, {"model": 5})]
     for what, wrong in broken:
@@ -709,7 +714,8 @@ def test_export_is_small_and_can_be_used_but_not_continued(script, model_file):
     weights = dict(script.module.restore_model(state).named_parameters())
     assert {value.dtype for name, value in slim["ema"].items() if name in weights} == {torch.float16}
     assert [r["epoch"] for r in slim["history"]] == [2]
-    script.ok(*script.infer(), "--checkpoint", "slim.pt")
+    script.ok(*script.infer(), "--checkpoint", "slim.pt", "--export", "slim.pt")  # an export may be replaced
+    assert_error(script.call(*script.infer(), "--export", "model.pt"), (1, 2), "--export", "another file")
     assert_error(script.call("--resume", "--epochs", 9, "--checkpoint", "slim.pt"), (1, 2), "shipped weights")
 
 
@@ -723,18 +729,16 @@ def test_export_replaces_nothing_but_an_earlier_export(script, model_file, kind)
     Path("notes.txt").write_text("mine")
     target = {"itself": "model.pt", "absolute": path, "another way": "folder/../model.pt", "link": "link.pt",
               "link to nothing": "lost.pt", "text": "notes.txt", "folder": "folder"}[kind]
-    assert_error(script.call(*script.infer(), "--export", target), (1, 2), "--export", "another file")
+    state, module = script.module.load_checkpoint(path), script.module
+    with pytest.raises(module.UserError, match="--export.*another file"):
+        module.export_model(module.restore_model(state), state, Path(target))
     assert path.read_bytes() == before and Path("link.pt").is_symlink() and Path("notes.txt").read_text() == "mine"
-    script.ok(*script.infer(), "--export", "new.pt")
-    script.ok(*script.infer(), "--export", "new.pt")
-    assert path.read_bytes() == before
 
 
 def test_full_disk_keeps_the_earlier_export(script, model_file):
-    model_file()
-    script.ok(*script.infer(), "--export", "new.pt")
-    before, module = Path("new.pt").read_bytes(), script.module
-    state = module.load_checkpoint(Path("model.pt"))
+    module, state = script.module, script.module.load_checkpoint(model_file())
+    module.export_model(module.restore_model(state), state, Path("new.pt"))
+    before = Path("new.pt").read_bytes()
     with disk_of(2000), pytest.raises(module.UserError, match="can't write"):
         module.export_model(module.restore_model(state), state, Path("new.pt"))
     assert Path("new.pt").read_bytes() == before
