@@ -17,7 +17,6 @@ References
     [Kingma14]   Kingma, Welling: Auto-Encoding Variational Bayes, 2014
     [Lee01]      Lee, Seung: Algorithms for Non-negative Matrix Factorization, 2001
     [LeRoux19]   Le Roux, Wisdom, Erdogan, Hershey: SDR - Half-baked or Well Done?, 2019
-    [Lewicki00]  Lewicki, Sejnowski: Learning Overcomplete Representations, 2000
     [Mallat93]   Mallat, Zhang: Matching Pursuits with Time-Frequency Dictionaries, 1993
     [Perraudin13] Perraudin, Balazs, Sondergaard: A Fast Griffin-Lim Algorithm, 2013
     [Princen87]  Princen, Johnson, Bradley: Subband/Transform Coding Based on Time Domain Aliasing Cancellation, 1987
@@ -52,6 +51,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -284,13 +284,14 @@ class SoundFamily(Family):
 # === autoencoder ===
 
 @dataclass(frozen=True)
-class AutoencoderConfig(RunConfig):
-    latent_dim: int = option(128, "model", "latent numbers per clip", number(int, 1, 65536))
-    width: int = option(192, "model", "channels of the network, a multiple of 8", number(int, 8, 4096))
-    latent_dropout: float = option(0.05, "model", "share of latent numbers dropped in training", number(float, 0, 0.9))
+class MelConfig(RunConfig):
+    width: int = option(192, "model", "channels of the network", int, choices=(16, 32, 64, 96, 128, 192, 256, 384))
 
-    def __post_init__(self) -> None:
-        check_width(self.width)
+
+@dataclass(frozen=True)
+class AutoencoderConfig(MelConfig):
+    latent_dim: int = option(128, "model", "latent numbers per clip", number(int, 1, 65536))
+    latent_dropout: float = option(0.05, "model", "share of latent numbers dropped in training", number(float, 0, 0.9))
 
 
 class MelFamily(SoundFamily):
@@ -375,11 +376,6 @@ class AudioAutoencoder(MelFamily):
         self.from_latent.weight.copy_((basis / weights.clamp(min=1e-6) * spread[:, None]).T)
         nn.init.zeros_(self.to_latent.bias)
         nn.init.zeros_(self.from_latent.bias)
-
-
-def check_width(width: int) -> None:
-    if width % 8:
-        raise UserError(f"--width {width}: must be a multiple of 8", 2)
 
 
 @torch.no_grad()
@@ -475,19 +471,12 @@ def masked_mean(values: Tensor, frames: Tensor) -> Tensor:
 # === variational autoencoder ===
 
 @dataclass(frozen=True)
-class VaeConfig(RunConfig):
+class VaeConfig(MelConfig):
     latent_dim: int = option(160, "model", "latent numbers per latent frame", number(int, 1, 65536))
-    latent_frames: int = option(16, "model", "latent vectors per clip, in time: 1, 16, 32, 64, 128 or 256",
-                                number(int, 1, FRAMES))
-    width: int = option(192, "model", "channels of the network, a multiple of 8", number(int, 8, 4096))
+    latent_frames: int = option(16, "model", "latent vectors per clip, in time", int, choices=(1, 16, 32, 64, 128, 256))
     beta: float = option(1.0, "model", "weight of the KL divergence; 1 is the evidence lower bound", number(float, 0))
     kl_warmup: float = option(0.3, "model", "first part of the run over which that weight rises from 0",
                               number(float, 0, 1))
-
-    def __post_init__(self) -> None:
-        check_width(self.width)
-        if self.latent_frames not in (1, 16, 32, 64, 128, 256):
-            raise UserError(f"--latent_frames {self.latent_frames}: must be 1, 16, 32, 64, 128 or 256", 2)
 
 
 class AudioVAE(MelFamily):
@@ -602,13 +591,6 @@ class WaveformConfig(RunConfig):
     learning_rate: float = option(3e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
     latent_dim: int = option(80, "model", "latent numbers per frame, on average", number(int, 2, HOP))
     atoms: int = option(1024, "model", "patterns in the dictionary", number(int, 16, 65536))
-    spectral_weight: float = option(1.0, "model", "weight of the spectral term, in dB per neper of band level",
-                                    number(float, 0))
-    beta: float = option(0.2, "model", "weight of the KL divergence, in dB per nat and amplitude", number(float, 0))
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.latent_dim <= HOP:
-            raise UserError(f"--latent_dim {self.latent_dim}: must be from 2 to {HOP} for waveform_vae", 2)
 
 
 class WaveformVAE(SoundFamily):
@@ -617,14 +599,13 @@ class WaveformVAE(SoundFamily):
     A clip [320 x 256] is cut into 5,120 patches of 4 lines x 4 frames. Latent numbers are pairs: which of the learned
     patterns (atoms) stands in which patch, and how strong. The posterior of an amplitude is a Gaussian around what
     matching pursuit finds [Mallat93], its prior a Gaussian learned for each atom; the choice of atoms is the most
-    likely one, as in [Lewicki00]. All pairs of a clip share one budget, so that loud and dense moments get more than
-    silence (RESULTS.md has what each part is worth). The decoder adds the atoms up. No phase of the input is used."""
+    likely one. All pairs of a clip share one budget: loud and dense moments get more than silence."""
     config_class = WaveformConfig
     results_folder = "waveform_vae"
     phases = ("own",)
     per_frame = HOP
     can_sample = can_interpolate = False
-    fixed = {"blocks": (0,)}
+    fixed = {"blocks": (0,), "spectral_weight": (1,), "beta": (0.2,)}
     PATCH = 4  # lines and frames of a patch
 
     def __init__(self, config: WaveformConfig, data: DataInfo) -> None:
@@ -633,8 +614,11 @@ class WaveformVAE(SoundFamily):
         self.dictionary = nn.Parameter(F.normalize(torch.randn(config.atoms, self.PATCH ** 2), dim=1))
         self.log_prior = nn.Parameter(torch.zeros(config.atoms))  # of the amplitudes' standard deviation
         self.log_posterior = nn.Parameter(torch.tensor(-4.0))
-        self.register_buffer("principal", torch.zeros(HOP, HOP))  # PCA of the training frames, for comparison
         self.register_buffer("band_edges", (HOP * (torch.linspace(0, 1, 25)[1:] ** 2)).round().long() - 1, False)
+
+    def load_state_dict(self, state: dict[str, Tensor], *rest: Any, **more: Any) -> Any:
+        """Older files also hold the principal components of frames, which a baseline used."""
+        return super().load_state_dict({k: v for k, v in state.items() if k != "principal"}, *rest, **more)
 
     def numbers(self, frames: int) -> int:
         return self.config.latent_dim * frames
@@ -696,8 +680,8 @@ class WaveformVAE(SoundFamily):
         decibels = 10 * (error.log10() - (target.square().sum((1, 2)) + 1e-9).log10()).mean()
         bands = self._bands(estimate) - self._bands(target)
         kl = (self._kl(code) * used).sum() / used.sum().clamp(min=1)
-        yield "model", (decibels + self.config.spectral_weight * masked_mean(bands.abs(), batch.frames)
-                        + self.config.beta * kl), {"sdr_db": -decibels.detach(), "kl": kl.detach()}
+        loss = decibels + masked_mean(bands.abs(), batch.frames) + 0.2 * kl
+        yield "model", loss, {"sdr_db": -decibels.detach(), "kl": kl.detach()}
 
     def _kl(self, code: SparseCode) -> Tensor:
         """KL(posterior || prior) of each amplitude, in nats: [B K]"""
@@ -711,8 +695,7 @@ class WaveformVAE(SoundFamily):
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
-        """Signal to distortion in dB, and what the code weighs: amplitudes by their KL divergence, places by log2 of
-        the choices."""
+        """Signal to distortion in dB, and what the code weighs: the amplitudes' divergence, log2 of possible places"""
         code, target = self.encode(batch.audio, batch.frames), batch.audio
         estimate, sound, used = self.decode(code)[:, 0], target.square().sum(1) > 0, code.amplitude != 0
         ratio = target.square().sum(1) / (estimate - target).square().sum(1).clamp(min=1e-12)
@@ -724,9 +707,6 @@ class WaveformVAE(SoundFamily):
         """Besides the statistics: a first dictionary by K-SVD on the training set [Aharon06], so that the gradient
         starts from patterns instead of noise. Each atom is moved to the direction that its uses leave over."""
         super().prepare(data, device)
-        moments = sum(torch.einsum("blt,bkt->lk", lines, lines)
-                      for lines in (self.mdct(b.audio) for b in data.training_clips(device)))
-        self.principal.copy_(torch.linalg.eigh(moments.double())[1].flip(1))
         pool = torch.cat([self.patches(self.mdct(b.audio / b.audio.square().mean(1, keepdim=True).sqrt().clamp(1e-4)))
                           for b in itertools.islice(data.training_clips(device), 24)]).flatten(0, 1)
         pool = pool[pool.square().sum(1) > 1e-3]
@@ -749,23 +729,16 @@ class WaveformVAE(SoundFamily):
 
     @torch.no_grad()
     def baselines(self, audio: Tensor, frames: Tensor) -> dict[str, Tensor]:
-        """The same count of numbers without learning more than a PCA: the lowest lines of each frame, its largest lines
-        with their indices, the principal components of the training frames, and the largest runs of four frames of a
-        line with theirs, of the whole clip."""
+        """As many numbers without learning: the largest lines of each frame with their indices, and the largest
+        runs of four frames of a line with theirs, of the whole clip."""
         lines, count = self.mdct(audio), self.config.latent_dim
-        low = lines * (torch.arange(HOP, device=lines.device) < count)[:, None]
         magnitude = lines.abs()
         large = lines * (magnitude >= magnitude.topk(count // 2, 1).values[:, -1:])
         runs = lines.view(len(lines), HOP, -1, self.PATCH)
-        gains = runs.square().sum(3).flatten(1)
-        ranks = gains.argsort(1, descending=True).argsort(1)
-        budget = count * frames // (self.PATCH + 1)
-        runs = runs * (ranks < budget[:, None]).view(*runs.shape[:3], 1)
-        plain = {"lowest_lines": low, "largest_lines": large, "largest_runs": runs.flatten(2)}
-        if self.principal.any():
-            chosen = self.principal[:, :count]
-            plain["pca"] = chosen @ (chosen.T @ lines)
-        return {name: self.mdct.inverse(each)[:, None] for name, each in plain.items()}
+        ranks = runs.square().sum(3).flatten(1).argsort(1, descending=True).argsort(1)
+        kept = ranks < (count * frames // (self.PATCH + 1))[:, None]
+        runs = (runs * kept.view(*runs.shape[:3], 1)).flatten(2)
+        return {"largest_lines": self.mdct.inverse(large)[:, None], "largest_runs": self.mdct.inverse(runs)[:, None]}
 
 
 def strongest(products: Tensor) -> Tensor:
@@ -963,17 +936,15 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class InferOptions:
-    input: list[Path] | None = option(None, "regeneration", "audio files to regenerate, of any length (default: the "
-                                      "two shipped examples)", Path, nargs="+")
-    output_dir: Path | None = option(None, "regeneration", "folder for NAME_reconstructed.wav (default: the results "
-                                     "folder)", Path)
+    input: list[Path] | None = option(None, "regeneration", "audio files (default: shipped examples)", Path, nargs="+")
+    output_dir: Path | None = option(None, "regeneration", "folder for NAME_reconstructed.wav (default: results)", Path)
     export: Path | None = option(None, "regeneration", "also write the averaged weights alone, in half precision", Path)
 
 
 @dataclass(frozen=True)
 class MelInferOptions(InferOptions):
-    phase: str = option("griffinlim", "regeneration", "how a mel spectrogram becomes sound; original takes the input's "
-                        "own phase, which only an upper bound may", choices=MelFamily.phases)
+    phase: str = option("griffinlim", "regeneration", "original takes the input's own phase: only an upper bound may",
+                        choices=MelFamily.phases)
 
 
 @dataclass(frozen=True)
@@ -1097,7 +1068,7 @@ def lock(path: Path) -> Any:
     """Hold `path` until this process ends, however it ends; a second one is refused."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = open(path, "w")
+        held = open(path, "w")  # noqa: SIM115
         with contextlib.suppress(ImportError):  # a system without it has no such locks
             import fcntl
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1170,10 +1141,10 @@ SPLITS = ("train", "valid", "test")
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
 FFMPEG_SUFFIXES = {".m4a", ".aac", ".mp4", ".wma"}  # what is read from a folder with ffmpeg's help
 SILENCE = 1e-3  # RMS below which a crop counts as silent: -60 dB
-MUSDB_FILES = {  # kind: (address, bytes, md5, what it is); None: not published
-    "full": ("https://zenodo.org/records/1117372/files/musdb18.zip", 4_684_228_845, "af06762477334799bfc5abf237648207",
+MUSDB_FILES = {  # kind: (address, md5 where one is published, what it is)
+    "full": ("https://zenodo.org/records/1117372/files/musdb18.zip", "af06762477334799bfc5abf237648207",
              "MUSDB18, 150 whole songs, 4.7 GB"),
-    "sample": ("https://github.com/sigsep/sigsep-mus-db/releases/download/v0.4.0/MUSDB18-7-STEMS.zip", None, None,
+    "sample": ("https://github.com/sigsep/sigsep-mus-db/releases/download/v0.4.0/MUSDB18-7-STEMS.zip", None,
                "7 seconds of each MUSDB18 song, 140 MB"),
 }
 
@@ -1181,10 +1152,8 @@ MUSDB_FILES = {  # kind: (address, bytes, md5, what it is); None: not published
 @dataclass(frozen=True)
 class DataOptions:
     """Flags that say which sounds are measured."""
-    dataset: str = option("musdb", "data", "musdb (MUSDB18 or MUSDB18-HQ), synthetic (no download) or folder",
-                          choices=("musdb", "synthetic", "folder"))
-    musdb_root: Path | None = option(None, "data", "folder with train/ and test/ of MUSDB18 (default: data/musdb18 "
-                                     "beside this script)", Path)
+    dataset: str = option("musdb", "data", "what to learn from", choices=("musdb", "synthetic", "folder"))
+    musdb_root: Path | None = option(None, "data", "folder of MUSDB18 (default: data/musdb18 beside this script)", Path)
     stem: str = option("all", "data", "which stems: all or one of them", choices=("all", *STEMS))
     num_samples: int = option(100, "data", "clips of --dataset synthetic", number(int, 5, 1e6))
     data_root: Path | None = option(None, "data", "folder of your own audio files, for --dataset folder", Path)
@@ -1193,14 +1162,15 @@ class DataOptions:
 @dataclass(frozen=True)
 class TrainDataOptions(DataOptions):
     extra_root: Path | None = option(None, "data", "one more folder of audio files, for training only", Path)
-    musdb: str | None = option(None, "data", "with --prepare_data: which MUSDB18 to download, sample (140 MB, 7 s "
-                               "of each song) or full (4.7 GB) (default: sample)", choices=tuple(MUSDB_FILES))
+    musdb: str | None = option(None, "data", "what --prepare_data downloads: 140 MB (7 s of each song) or 4.7 GB "
+                               "(default: sample)", choices=tuple(MUSDB_FILES))
 
 
 class Track(NamedTuple):
     name: str
     stem: str  # one of STEMS
     audio: np.ndarray  # float16 [L], often a memory map
+    file: Path | None = None
 
 
 class AudioData:
@@ -1212,13 +1182,22 @@ class AudioData:
         if self.train and not any(np.abs(track.audio).max() > SILENCE for track in self.train):
             raise UserError(f"{title}: all of its training tracks are silent; give some that sound")
 
+    def add(self, root: Path) -> None:
+        """The files of --extra_root, for training only: none of them may be held out elsewhere."""
+        files = audio_files(root, "--extra_root")
+        taken = {track.file.resolve() for track in self.train + self.valid + self.test if track.file}
+        if twice := {file.resolve() for file in files} & taken:
+            raise UserError(f"--extra_root holds {min(twice)}, which belongs to the dataset: name another folder")
+        self.train += load_tracks({"train": [(f"extra/{p.relative_to(root)}", "mixture", p) for p in files]})["train"]
+
     def info(self) -> DataInfo:
         splits = {"train": self.train, "valid": self.valid, "test": self.test}
         rows = [(split, t.name, t.stem, len(t.audio)) for split, tracks in splits.items() for t in tracks]
+        stems = [stem for stem in STEMS if any(stem == row[2] for row in rows)]
+        counts = {split: len(tracks) for split, tracks in splits.items()}
         seconds = {s: round(sum(row[3] for row in rows if row[0] == s) / SAMPLE_RATE, 2) for s in splits}
-        return DataInfo(self.name, self.title, SAMPLE_RATE, [s for s in STEMS if any(s == row[2] for row in rows)],
-                        {split: len(tracks) for split, tracks in splits.items()}, seconds,
-                        hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16])
+        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        return DataInfo(self.name, self.title, SAMPLE_RATE, stems, counts, seconds, digest)
 
     def describe(self) -> str:
         minutes = sum(len(track.audio) for track in self.train) / SAMPLE_RATE / 60
@@ -1241,25 +1220,15 @@ class AudioData:
         """Up to 2,000 clips spread evenly over the training set, in a fixed shuffled order, 16 at a time."""
         clips = fixed_clips(self.train, 2000)
         order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0)).tolist()
-        for start in range(0, len(clips), 16):
-            yield clip_batch([clips[i] for i in order[start:start + 16]], device)
+        return clip_batches([clips[i] for i in order], device)
 
     def held_out(self, count: int, device: torch.device) -> Iterator[Batch]:
-        clips = fixed_clips(self.valid, count)
-        for start in range(0, len(clips), 16):
-            yield clip_batch(clips[start:start + 16], device)
+        return clip_batches(fixed_clips(self.valid, count), device)
 
 
 def cut(track: Track, start: int, length: int = CLIP) -> Tensor:
     """float32 [length], or shorter where the track ends"""
     return torch.from_numpy(np.array(track.audio[start:start + length])).float()  # torch converts 3 times as fast
-
-
-def stretched(crop: Tensor, speed: float) -> Tensor:
-    """The crop played at another speed, cut to at most a clip: linear interpolation, enough for learning"""
-    if speed == 1:
-        return crop
-    return F.interpolate(crop[None, None], size=max(1, int(len(crop) / speed)), mode="linear")[0, 0, :CLIP]
 
 
 def random_crops(tracks: Sequence[Track], draw: Draw, speed: float = 0.0) -> Batch:
@@ -1276,16 +1245,19 @@ def random_crops(tracks: Sequence[Track], draw: Draw, speed: float = 0.0) -> Bat
         taken = -1
         for layer, flip in enumerate((sign, sign2)[:2 if mix < 0.5 else 1]):
             crop = None
+            rate = speeds[row, layer].item()
             for u, v in candidates[layer]:
                 index = int(np.searchsorted(edges, u * edges[-1], "right"))
                 if index == taken:
                     continue
-                length = math.ceil(CLIP * speeds[row, layer].item())
+                length = math.ceil(CLIP * rate)
                 crop = cut(tracks[index], int(v * (max(len(tracks[index].audio) - length, 0) + 1)), length)
                 if torch.dot(crop, crop) > SILENCE ** 2 * len(crop):
                     break
             if crop is not None:  # there may be no other track
-                crop = stretched(crop, speeds[row, layer].item())
+                if rate != 1:  # linear interpolation, enough for learning
+                    size = max(1, int(len(crop) / rate))
+                    crop = F.interpolate(crop[None, None], size=size, mode="linear")[0, 0, :CLIP]
                 gain = 10 ** ((15 * gains[layer] - 12) / 20)
                 audio[row, :len(crop)].add_(crop, alpha=gain if flip < 0.5 else -gain)
                 frames[row] = max(int(frames[row]), -(-len(crop) // HOP))
@@ -1310,180 +1282,104 @@ def clip_batch(clips: Sequence[tuple[Track, int]], device: torch.device) -> Batc
     return Batch(audio.to(device), torch.tensor([-(-len(crop) // HOP) for crop in crops], device=device), None)
 
 
-def resample(blocks: Iterable[np.ndarray], rate: int) -> Tensor:
-    """Blocks [n] at `rate` Hz -> [L] at SAMPLE_RATE, in little memory and equal to resampling in one go: each piece
-    begins where input and output grids meet and is filtered together with the samples around it."""
-    from fractions import Fraction
-
-    from torchaudio.transforms import Resample
-    ratio = Fraction(rate, SAMPLE_RATE).limit_denominator(640)  # exact for all usual rates, else within 3e-6: the
-    down, up = ratio.numerator, ratio.denominator  # exact filters of a rate such as 44,101 Hz would need 3 GB
-    if down == up:
-        return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *blocks]))
-    filters = Resample(down, up, lowpass_filter_width=32)
-    context, step = -(-filters.width // down) + 1, max(1, 480_000 // down)  # in periods of the grids
-    piece = (2 * context + step) * down
-    held, done, count = torch.zeros(context * down), [], 0
-    for block in itertools.chain(blocks, [None]):  # None, the end: zeros, so that nothing is left behind
-        count += 0 if block is None else len(block)
-        held = torch.cat([held, torch.zeros(piece) if block is None else torch.from_numpy(block)])
-        while len(held) >= piece:
-            done.append(filters(held[:piece])[context * up:(context + step) * up].clone())
-            held = held[step * down:]
-    return torch.cat(done)[:-(-count * up // down)]
+def clip_batches(clips: Sequence[tuple[Track, int]], device: torch.device) -> Iterator[Batch]:
+    for start in range(0, len(clips), 16):
+        yield clip_batch(clips[start:start + 16], device)
 
 
-def read_audio(path: Path, flag: str = "--input", source: Path | None = None) -> Tensor:
-    """A file of any rate and channels -> float32 mono [L] at SAMPLE_RATE, by soundfile, else ffmpeg. `flag` has named
-    it; `source` is what ffmpeg made of it."""
-    import soundfile
+def read_audio(path: Path, flag: str = "--input", stem: str = "mixture") -> Tensor:
+    """A file of any rate and channels -> float32 mono [L] at SAMPLE_RATE; of a .stem.mp4 one of its five streams"""
+    import tempfile
+
+    from torchaudio.functional import resample
     if not path.is_file():
         raise UserError((f"{path} is a folder, not an audio file" if path.is_dir() else f"there is no file {path}")
                         + f": give audio files with {flag}")
-    energy = np.zeros(2)  # of the channels, of their mean
-
-    def blocks(file: Any) -> Iterator[np.ndarray]:
-        count = 0
-        while len(block := file.read(1 << 18, dtype="float32", always_2d=True)):
-            if not np.isfinite(mono := block.mean(1)).all():
-                raise UserError(f"{path} holds NaN or infinite samples: repair or remove it")
-            energy[:] += np.square(block, dtype=float).mean(1).sum(), np.square(mono, dtype=float).sum()
-            count += len(block)
-            yield mono
-        if count < file.frames and file.format != "MP3":  # of which the length is a guess
-            raise ValueError(f"it is truncated, {count} of {file.frames} samples are there")
-
     try:
-        if missing := missing_bytes(source or path):
-            raise ValueError(f"it is truncated, {missing} bytes of the sound that its header promises are missing")
-        with soundfile.SoundFile(source or path) as file:
-            if not 1000 <= file.samplerate <= 1_000_000:
-                raise UserError(f"{path} claims {file.samplerate} Hz: rates from 1 kHz to 1 MHz can be read")
-            audio = resample(blocks(file), file.samplerate)
+        with tempfile.TemporaryDirectory() as folder:
+            plain = path.suffix.lower() in AUDIO_SUFFIXES
+            audio, rate = read_mono(path if plain else decoded(path, Path(folder), STEMS.index(stem)))
     except (OSError, RuntimeError, ValueError) as error:  # soundfile's own errors are RuntimeErrors
-        if source is None and path.suffix.lower() not in AUDIO_SUFFIXES:
-            return read_with_ffmpeg(path, flag)
         raise UserError(f"{path} can't be read as audio ({first_line(error)}): repair or remove it, or convert it "
                         "to WAV or FLAC") from None
-    if not len(audio):
-        raise UserError(f"{path} holds no samples: remove it or give another file")
-    if energy[1] < 0.01 * energy[0]:
-        say(f"warning: {path}: its channels cancel each other, their mean is "
-            f"{10 * math.log10(energy[0] / max(energy[1], 1e-20)):.0f} dB below them: give it as mono", sys.stderr)
-    return audio
+    ratio = Fraction(rate, SAMPLE_RATE).limit_denominator(640)  # exact for all usual rates, else within 3e-6: the
+    return resample(audio, ratio.numerator, ratio.denominator, 32)  # filters of 44,101 Hz would need 3 GB
 
 
-def missing_bytes(path: Path) -> int:
-    """How much of its sound a WAV file lacks, which libsndfile would not say; 0 for streams of unknown length."""
-    with open(path, "rb") as file:
-        if file.read(12)[::11] != b"RE" or not path.stat().st_size:  # "RIFF....WAVE"
-            return 0
-        while len(head := file.read(8)) == 8:
-            size = int.from_bytes(head[4:], "little")
-            if head[:4] == b"data":
-                return max(0, file.tell() + size - path.stat().st_size) if size < 0x7FFF0000 else 0
-            file.seek(size + size % 2, 1)
-    return 0
+def read_mono(path: Path) -> tuple[Tensor, int]:
+    """What soundfile reads -> the mean of its channels, float32 [L], and the rate"""
+    import soundfile
+    blocks = [np.zeros(0, np.float32)]
+    with soundfile.SoundFile(path) as file:
+        while len(block := file.read(1 << 18, dtype="float32", always_2d=True)):
+            blocks.append(block.mean(1))
+        audio = np.concatenate(blocks)
+        if not len(audio):
+            raise ValueError("it holds no samples")
+        if len(audio) < file.frames and file.format != "MP3":  # of which the length is a guess
+            raise ValueError(f"it is truncated, {len(audio)} of {file.frames} samples are there")
+        if not np.isfinite(audio).all():
+            raise ValueError("it holds NaN or infinite samples")
+        if not 1000 <= file.samplerate <= 1_000_000:
+            raise ValueError(f"it claims {file.samplerate} Hz")
+        return torch.from_numpy(audio), file.samplerate
 
 
-def read_with_ffmpeg(path: Path, flag: str) -> Tensor:
-    """The first audio stream of M4A, MP4, WMA ... (of a .stem.mp4: the mixture)"""
-    import subprocess
-    import tempfile
+def need_ffmpeg(what: Any) -> None:
     if not shutil.which("ffmpeg"):
-        raise UserError(f"{path} can't be read as audio without ffmpeg: install it (sudo apt-get install ffmpeg, brew "
-                        "install ffmpeg), or convert the file to WAV or FLAC", NO_FFMPEG)
-    with tempfile.TemporaryDirectory() as folder:
-        sound = Path(folder) / "sound.w64"
-        done = subprocess.run(["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}", "-map", "0:a:0",
-                               "-c:a", "pcm_f32le", str(sound)], stdin=subprocess.DEVNULL, capture_output=True)
-        if done.returncode or not sound.exists():
-            said = ["", *done.stderr.decode(errors="replace").split("\n")[:1]][-1][-120:]
-            raise UserError(f"{path} can't be read as audio, neither by libsndfile nor by ffmpeg ({said}): repair or "
-                            "remove it, or convert it to WAV or FLAC")
-        return read_audio(path, flag, sound)
-
-
-def need_ffmpeg() -> None:
-    if not (shutil.which("ffmpeg") and shutil.which("ffprobe")):
-        raise UserError("MUSDB18's .stem.mp4 files need ffmpeg: install it (sudo apt-get install ffmpeg, brew install "
-                        "ffmpeg); MUSDB18-HQ's WAV files, --dataset folder and --dataset synthetic work without",
+        raise UserError(f"{what} can't be read without ffmpeg: install it (sudo apt-get install ffmpeg, brew install "
+                        "ffmpeg), or take WAV or FLAC files (MUSDB18-HQ, --dataset folder) or --dataset synthetic",
                         NO_FFMPEG)
 
 
-def read_stem(path: Path, stem: str) -> Tensor:
-    """One of the five streams of a .stem.mp4, by the musdb package -> float32 mono [L] at SAMPLE_RATE."""
-    need_ffmpeg()
-    from musdb import MultiTrack
-    number = STEMS.index(stem)
-    try:
-        track = MultiTrack(path=str(path), name=path.name.removesuffix(".stem.mp4"), stem_id=0)
-        streams = track.info.audio_stream_idx()
-        if len(streams) != len(STEMS):
-            raise ValueError(f"{len(streams)} audio stream(s) instead of {', '.join(STEMS)}")
-        audio, whole = track.load_audio(str(path), streams[number]), track.info.duration(number) * track.rate
-        if not len(audio) or len(audio) < whole - 1024:  # a frame of AAC
-            raise ValueError(f"{len(audio)} of {whole:.0f} samples of its {stem}")
-    except Exception as error:  # ffmpeg, ffprobe and stempeg fail in many ways; what ffprobe says comes last
-        said = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").split("\n")
-        raise UserError(f"{path} can't be decoded, it is truncated or damaged ({['', *filter(None, said)][-1][-99:]}): "
-                        "remove it or download it again") from None
-    return resample([audio.reshape(len(audio), -1).mean(1).astype(np.float32)], track.rate)
-
-
-def cache_read(place: Path, source: list[int]) -> np.ndarray | None:
-    """The decoded samples, unless they are missing, torn or made from another version of their source."""
-    with contextlib.suppress(OSError, ValueError):
-        with open(place, "rb") as file:
-            head = json.loads(file.read(512))
-        audio = np.memmap(place, np.float16, "r", 512)
-        if head == {"source": source, "samples": len(audio), "crc32": zlib.crc32(audio)}:
-            return audio
-    return None
-
-
-def cache_write(place: Path, source: list[int], audio: np.ndarray) -> np.ndarray:
-    """Store float16 [L] behind a header of 512 bytes and return it as a memory map."""
-    head = json.dumps({"source": source, "samples": len(audio), "crc32": zlib.crc32(audio)}).encode()
-    with replacing(place) as part, open(part, "wb") as file:
-        file.write(head.ljust(512))
-        file.write(audio.data)
-    return np.memmap(place, np.float16, "r", 512)
+def decoded(path: Path, folder: Path, stream: int) -> Path:
+    """A WAV file in `folder` with one audio stream of what only ffmpeg reads: M4A, WMA, .stem.mp4 ..."""
+    import subprocess
+    need_ffmpeg(path)
+    sound = folder / "sound.wav"
+    words = ["-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}", "-map", f"0:a:{stream}", "-c:a", "pcm_f32le"]
+    done = subprocess.run(["ffmpeg", *words, "-rf64", "auto", str(sound)], capture_output=True)  # also beyond 4 GB
+    if done.returncode or b"partial file" in done.stderr:
+        raise ValueError(done.stderr.decode(errors="replace").strip().split("\n")[-1])
+    return sound
 
 
 def load_tracks(entries: dict[str, list[tuple[str, str, Path]]]) -> dict[str, list[Track]]:
-    """Split -> [(name, stem, file)] becomes split -> tracks, each file decoded once. Where no cache can be written, the
-    samples are kept in memory."""
+    """Split -> [(name, stem, file)] becomes split -> tracks, each file decoded once: into a cache, where the name of an
+    entry says which file in which version it was. Where none can be written, the samples are kept in memory."""
     from concurrent.futures import ThreadPoolExecutor
-    cache: Path | None = HERE / "data" / "cache"
+    cache = HERE / "data" / "cache"
+    flat = [entry for rows in entries.values() for entry in rows]
+    writable = True
+    try:
+        check_writable(cache)
+    except UserError as error:
+        writable = False
+        say(f"going on without a cache: {error}", sys.stderr)
 
     def load(entry: tuple[str, str, Path]) -> Track:
-        nonlocal cache
         name, stem, path = entry
         if not path.is_file():
             raise UserError(f"there is no file {path}: complete the dataset")
-        source = [path.stat().st_size, path.stat().st_mtime_ns]
-        key = hashlib.sha256(f"1 {path.resolve()} {stem} {SAMPLE_RATE}".encode()).hexdigest()[:24]
-        audio = cache_read(cache / f"{key}.f16", source) if cache else None
-        if audio is None:
-            audio = read_stem(path, stem) if path.name.endswith(".stem.mp4") else read_audio(path, "the dataset")
-            audio = (audio / audio.abs().max().clamp(min=1)).half().numpy()  # what exceeds full scale keeps its shape
-            try:
-                audio = cache_write(cache / f"{key}.f16", source, audio) if cache else audio
-            except UserError as error:
-                if cache:  # said once
-                    say(f"going on without a cache: {error}", sys.stderr)
-                cache = None
-        return Track(name, stem, audio)
+        version = f"2 {path.resolve()} {stem} {path.stat().st_size} {path.stat().st_mtime_ns} {SAMPLE_RATE}"
+        place = cache / f"{hashlib.sha256(version.encode()).hexdigest()[:24]}.npy"
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            return Track(name, stem, np.load(place, "r"), path)
+        audio = read_audio(path, "the dataset", stem)
+        audio = (audio / audio.abs().max().clamp(min=1)).half().numpy()  # what exceeds full scale keeps its shape
+        if writable:
+            with replacing(place) as part, open(part, "wb") as file:
+                np.save(file, audio)
+            audio = np.load(place, "r")
+        return Track(name, stem, audio, path)
 
-    flat = [entry for rows in entries.values() for entry in rows]
     tracks = []
     with progress(len(flat), "reading audio", delay=1) as bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for track in pool.map(load, flat):
             tracks.append(track)
             bar.update()
-    found = iter(tracks)
-    return {split: [next(found) for _ in rows] for split, rows in entries.items()}
+    in_order = iter(tracks)
+    return {split: [next(in_order) for _ in rows] for split, rows in entries.items()}
 
 
 def by_hash(names: Iterable[str]) -> list[str]:
@@ -1503,22 +1399,14 @@ def audio_files(folder: Path, flag: str) -> list[Path]:
     """All below the folder, but hidden ones and those in folders that were written here"""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: {flag} takes the folder with your audio files")
-    found, suffixes = [], AUDIO_SUFFIXES | FFMPEG_SUFFIXES
+    files, suffixes = [], AUDIO_SUFFIXES | FFMPEG_SUFFIXES
     for place, folders, names in os.walk(own_folder(folder, flag)):
         folders[:] = [name for name in folders if not (Path(place, name) / RESULTS_MARK).exists()]
         paths = (Path(place, name) for name in names if not name.startswith("."))
-        found += [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
-    if not found:
+        files += [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
+    if not files:
         raise UserError(f"{folder} holds no audio files ({', '.join(sorted(suffixes))}): {flag} takes another")
-    return sorted(found)
-
-
-def extra_entries(root: Path | None, taken: Iterable[Path]) -> list[tuple[str, str, Path]]:
-    """The files of --extra_root, for training only: none of them may be held out elsewhere."""
-    files = audio_files(root, "--extra_root") if root else []
-    if twice := {p.resolve() for p in files} & {p.resolve() for p in taken}:
-        raise UserError(f"--extra_root holds {min(twice)}, which belongs to the dataset already: name another folder")
-    return [(f"extra/{p.relative_to(root)}", "mixture", p) for p in files]
+    return sorted(files)
 
 
 class MUSDBDataset(AudioData):
@@ -1531,25 +1419,17 @@ class MUSDBDataset(AudioData):
         if not test or (len(train) < 2 and "train" in splits):
             free = not root.exists() or root.is_dir() and not any(root.iterdir())  # a download adds to nothing else
             remedy = "get them with --prepare_data --musdb sample" if free else "add some"
-            raise UserError(f"{root} holds {len(train)} song(s) in train/ and {len(test)} in test/, needed are "
-                            + ("2 and 1" if "train" in splits else "1 in test/")
-                            + f" (*.stem.mp4, or folders with mixture.wav ...): {remedy}, name another folder with "
+            raise UserError(f"{root} holds {len(train)} song(s) in train/ and {len(test)} in test/, needed are 2 and 1 "
+                            f"(*.stem.mp4, or folders with mixture.wav ...): {remedy}, name another folder with "
                             "--musdb_root, or use --dataset synthetic")
         if both := train.keys() & test.keys():
             raise UserError(f"{root}: {min(both)!r} is in train/ and in test/; remove one of them")
-        import importlib.util
-
-        import yaml
-        # The package can't be imported without ffmpeg, so that its list is read as a file.
-        package = Path(importlib.util.find_spec("musdb").origin).parent
-        listed = yaml.safe_load((package / "configs" / "mus.yaml").read_text())["validation_tracks"]
-        held_out = train.keys() & set(listed) or set(by_hash(train)[:max(1, len(train) // 10)])
-        rows = {split: [(name, s, path if path.is_file() else path / f"{s}.wav")
-                        for name, path in named.items() if (name in held_out) == (split == "valid")
-                        for s in (STEMS if options.stem == "all" else (options.stem,))]
-                for split, named in (("train", train), ("valid", train), ("test", test)) if split in splits}
-        if "train" in rows:
-            rows["train"] += extra_entries(options.extra_root, [row[2] for part in rows.values() for row in part])
+        held_out = train.keys() & self.validation_songs() or set(by_hash(train)[:max(1, len(train) // 10)])
+        songs = {"train": {name: path for name, path in train.items() if name not in held_out},
+                 "valid": {name: path for name, path in train.items() if name in held_out}, "test": test}
+        stems = STEMS if options.stem == "all" else (options.stem,)
+        rows = {split: [(name, stem, path if path.is_file() else path / f"{stem}.wav")
+                        for name, path in songs[split].items() for stem in stems] for split in splits}
         super().__init__("musdb", "MUSDB18" + f" ({options.stem})" * (options.stem != "all"), load_tracks(rows))
 
     @staticmethod
@@ -1557,6 +1437,15 @@ class MUSDBDataset(AudioData):
         """Name -> .stem.mp4 file, or folder with WAV files."""
         files = {p.name.removesuffix(".stem.mp4"): p for p in sorted(folder.glob("[!.]*.stem.mp4"))}
         return files or {p.parent.name: p.parent for p in sorted(folder.glob("*/mixture.wav"))}
+
+    @staticmethod
+    def validation_songs() -> set[str]:
+        """Of the musdb package, which can't be imported without ffmpeg, so that its list is read as a file."""
+        import importlib.util
+
+        import yaml
+        package = Path(importlib.util.find_spec("musdb").origin).parent
+        return set(yaml.safe_load((package / "configs" / "mus.yaml").read_text())["validation_tracks"])
 
 
 class FolderDataset(AudioData):
@@ -1568,20 +1457,20 @@ class FolderDataset(AudioData):
         if root is None:
             raise UserError("--dataset folder needs --data_root DIR, the folder with your audio files", 2)
         files = {p: str(p.relative_to(root).with_suffix("")) for p in audio_files(root, "--data_root")}
+        order = by_hash(set(files.values()))
+        test = set(order[:max(1, len(order) // 10)])
         if (root / "test").is_dir() and ((root / "train").is_dir() or "train" not in splits):
-            test = {song for song in files.values() if song.startswith("test" + os.sep)}
-            order = by_hash({song for song in files.values() if song.startswith("train" + os.sep)})
-        else:
-            order = by_hash(set(files.values()))
-            test, order = set(order[:max(1, len(order) // 10)]), order[max(1, len(order) // 10):]
+            test = {song for song in order if song.startswith("test" + os.sep)}
+            order = [song for song in order if song.startswith("train" + os.sep)]
+        order = [song for song in order if song not in test]
         if not test or (len(order) < 2 and "train" in splits):
             raise UserError(f"{root} holds {len(order)} file(s) to train on and {len(test)} to test with; needed are 2 "
                             "and 1, of different names: add some")
-        valid = set(order[:max(1, round(len(order) / 10))])
-        rows = {split: [(str(p.relative_to(root)), "mixture", p) for p, song in files.items() if song in songs]
-                for split, songs in (("train", set(order) - valid), ("valid", valid), ("test", test))}
-        rows["train"] += extra_entries(getattr(options, "extra_root", None), files)
-        super().__init__("folder", root.resolve().name, load_tracks({split: rows[split] for split in splits}))
+        count = max(1, round(len(order) / 10))
+        songs = {"train": set(order[count:]), "valid": set(order[:count]), "test": test}
+        rows = {split: [(str(p.relative_to(root)), "mixture", p) for p, song in files.items() if song in songs[split]]
+                for split in splits}
+        super().__init__("folder", root.resolve().name, load_tracks(rows))
 
 
 class SyntheticMUSDBDataset(AudioData):
@@ -1595,11 +1484,9 @@ class SyntheticMUSDBDataset(AudioData):
         turns = [kinds[n % len(kinds)] for n in range(options.num_samples)]
         tenth = max(1, len(turns) // 10)
         numbers = {"test": range(tenth), "valid": range(tenth, 2 * tenth), "train": range(2 * tenth, len(turns))}
-        rows = {split: [Track(f"synthetic {n}", turns[n], self.clip(n, turns[n])) for n in numbers[split]]
-                for split in splits}
-        if "train" in splits:
-            rows["train"] += load_tracks({"train": extra_entries(getattr(options, "extra_root", None), ())})["train"]
-        super().__init__("synthetic", "synthetic stems", rows)
+        super().__init__("synthetic", "synthetic stems", {
+            split: [Track(f"synthetic {n}", turns[n], self.clip(n, turns[n])) for n in numbers[split]]
+            for split in splits})
 
     @classmethod
     def clip(cls, number: int, stem: str) -> np.ndarray:
@@ -1635,7 +1522,7 @@ def check_writable(folder: Path) -> None:
     (folder / ".write_test").unlink()
 
 
-def fetch(url: str, part: Path, size: int | None) -> None:
+def fetch(url: str, part: Path) -> None:
     """Download into `part`, going on where an earlier attempt was cut; gives up after five that brought nothing."""
     import errno
     import http.client
@@ -1644,34 +1531,28 @@ def fetch(url: str, part: Path, size: int | None) -> None:
     idle, reason = 0, ""
     while idle < 5:
         have = before = part.stat().st_size if part.exists() else 0
-        if have == size:
-            return
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "audio_gen.py"})
         try:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "audio_gen.py"})
             with urllib.request.urlopen(request, timeout=30) as answer:
                 have = have if answer.status == 206 else 0  # a server that does not know ranges sends all of it
-                rest = answer.headers["Content-Length"]
-                total = have + int(rest) if rest else size
-                if total and shutil.disk_usage(part.parent).free < 2 * total - have:  # the archive and what is in it
-                    raise UserError(f"{part.parent} needs {(2 * total - have) / 1e9:.1f} GB free to fetch and unpack "
-                                    "MUSDB18: free some space, or name another folder with --musdb_root")
+                total = have + int(answer.headers["Content-Length"] or 0)
                 with open(part, "ab" if have else "wb") as file, progress(
                         total, "downloading", initial=have, unit="B", unit_scale=True) as bar:
                     while chunk := answer.read(1 << 18):
                         file.write(chunk)
                         bar.update(len(chunk))
-            if total is None or part.stat().st_size >= total:
+            if part.stat().st_size >= total:
                 return
             reason = "the connection was cut"
         except urllib.error.HTTPError as error:
-            if error.code == 416 and have:  # nothing beyond what is there: the check that follows will tell
+            if error.code == 416:  # nothing beyond what is there: the check that follows will tell
                 return
             reason = f"{url}: {error}"
-            idle = 9 if error.code in (401, 403, 404, 410) else idle
+            idle = 5 if error.code in (401, 403, 404, 410) else idle  # asking again is of no use
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = first_line(error)
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EACCES):
-                raise UserError(f"can't write {part} ({error.strerror}): free some space, or name another folder with "
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise UserError(f"can't write {part} ({reason}): free some space, or name another folder with "
                                 "--musdb_root") from None
         idle = 0 if part.exists() and part.stat().st_size > before else idle + 1
         time.sleep(2 ** idle / 2 if 0 < idle < 5 else 0)
@@ -1681,13 +1562,8 @@ def fetch(url: str, part: Path, size: int | None) -> None:
 
 
 def unpack(part: Path, folder: Path) -> None:
-    """The songs of a MUSDB18 archive -> folder/train, folder/test. zipfile compares the checksum of each."""
+    """The songs of a MUSDB18 archive -> folder/train, folder/test, whatever else it holds and wherever that leads"""
     with zipfile.ZipFile(part) as archive:
-        for member in archive.infolist():
-            name = PurePosixPath(member.filename.replace("\\", "/"))
-            if name.is_absolute() or ".." in name.parts or member.external_attr >> 28 == 0o12:  # a symbolic link
-                raise UserError(f"the archive holds {member.filename!r}, which leads out of its folder: it is not "
-                                "MUSDB18's, nothing was unpacked; get it from elsewhere")
         for member in archive.infolist():
             name = PurePosixPath(member.filename)
             if name.parent.name in ("train", "test") and name.match("[!.]*.stem.mp4"):
@@ -1702,24 +1578,24 @@ def unpack(part: Path, folder: Path) -> None:
 def download_musdb(kind: str, root: Path) -> None:
     """Put MUSDB18 (`full`, or the `sample` excerpts) into `root`, whole or not at all; what is there already is kept,
     except that `full` takes the place of a sample downloaded earlier. MUSDB_MIRROR names another server's folder."""
-    url, size, md5, what = MUSDB_FILES[kind]
+    url, md5, what = MUSDB_FILES[kind]
     root = root.resolve()
-    part, fresh, old = (root.parent / f".{root.name}.{end}" for end in (f"{kind}.zip.part", "fresh", "old"))
+    part, fresh = root.with_name(f".{root.name}.{kind}.zip.part"), root.with_name(f".{root.name}.fresh")
     there, mark = bool(MUSDBDataset.songs(root / "train")), root / ".downloaded"
     if there and not (kind == "full" and mark.is_file() and mark.read_text() == "sample"):
         say(f"MUSDB18: using what is in {root}")
         return
     if not there and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} holds no MUSDB18 but other things: move it away, or name another with --musdb_root")
-    need_ffmpeg()
+    need_ffmpeg("MUSDB18")
     check_writable(root.parent)
     say(f"MUSDB18: downloading {what}, into {root}")
     if os.environ.get("MUSDB_MIRROR"):
         url = f"{os.environ['MUSDB_MIRROR'].rstrip('/')}/{url.rsplit('/', 1)[1]}"
-    fetch(url, part, size)
+    fetch(url, part)
     try:
+        digest = hashlib.md5()
         with open(part, "rb") as file:
-            digest = hashlib.md5()
             while md5 and (block := file.read(1 << 20)):
                 digest.update(block)
         if md5 and digest.hexdigest() != md5:
@@ -1728,9 +1604,8 @@ def download_musdb(kind: str, root: Path) -> None:
         unpack(part, fresh)
         (fresh / ".downloaded").write_text(kind)
         if there:
-            os.rename(root, old)
+            shutil.rmtree(root)
         os.rename(fresh, root)  # onto nothing or onto an empty folder
-        shutil.rmtree(old, ignore_errors=True)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         part.unlink()
         raise UserError(f"the downloaded MUSDB18 archive is damaged ({first_line(error)}) and was deleted: run this "
@@ -1830,22 +1705,13 @@ def si_sdr_db(estimate: Tensor, reference: Tensor) -> Tensor:
 
 def sdr_db(estimate: Tensor, reference: Tensor) -> Tensor:
     from torchmetrics.functional.audio import signal_distortion_ratio
-    need_length(reference, 512)  # its filter would otherwise fit anything
     if not estimate.any():
         raise ValueError("the estimate is digital silence")
     return signal_distortion_ratio(estimate, reference)
 
 
-def need_length(reference: Tensor, samples: int) -> None:
-    """The packages say it in words of their own, or not at all."""
-    if len(reference) < samples:
-        raise ValueError(f"the clip is too short: {len(reference) / SAMPLE_RATE:.2g} s, needed are "
-                         f"{samples / SAMPLE_RATE:.2g} s")
-
-
 def pesq_wb(estimate: Tensor, reference: Tensor) -> float:
     from pesq import PesqError, pesq
-    need_length(reference, SAMPLE_RATE // 4)
     try:
         return pesq(SAMPLE_RATE, reference.numpy(), estimate.numpy(), "wb")
     except PesqError as error:
@@ -1855,25 +1721,23 @@ def pesq_wb(estimate: Tensor, reference: Tensor) -> float:
 
 def stoi(estimate: Tensor, reference: Tensor) -> float:
     from pystoi import stoi as measure
-    need_length(reference, STOI_LEAST)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Not enough STFT frames")  # it then returns a number without meaning
         try:
             return measure(reference.numpy(), estimate.numpy(), SAMPLE_RATE)
         except RuntimeWarning:
-            raise ValueError(f"less than {STOI_LEAST / SAMPLE_RATE:.2g} s of the clip sounds (pauses don't "
-                             "count)") from None
+            raise ValueError("less than 0.41 s of the clip sounds (pauses don't count)") from None
 
 
-WAVE_METRICS = (snr_db, si_sdr_db, sdr_db, mr_stft, lsd_db, pesq_wb, stoi)
+WAVE_METRICS = {  # measure: how many samples it needs, which the packages say in words of their own or not at all
+    snr_db: 1, si_sdr_db: 1, sdr_db: 512, mr_stft: 1, lsd_db: 1, pesq_wb: SAMPLE_RATE // 4, stoi: STOI_LEAST}
 
 
 @torch.no_grad()
-def wave_metrics(estimate: Tensor, reference: Tensor, samples: Tensor) -> tuple[dict[str, list], dict[str, str]]:
-    """Metrics of waveforms [B L] over the first `samples` [B] of each: {name: value or None, for each clip}, {name: why
-    one is None}. A clip that fails is None: it never takes the place of a value, nor the others with it."""
+def wave_metrics(estimate: Tensor, reference: Tensor, samples: Tensor, reasons: dict[str, str]) -> dict[str, list]:
+    """Metrics of waveforms [B L] over the first `samples` [B] of each: {name: value or None, for each clip}. A clip
+    that fails is None, takes neither the place of a value nor the others with it, and says why in `reasons`."""
     values: dict[str, list[float | None]] = {measure.__name__: [] for measure in WAVE_METRICS}
-    reasons: dict[str, str] = {}
     for ours, true, length in zip(estimate.float().cpu(), reference.float().cpu(), samples.tolist()):
         ours, true = ours[:length], true[:length]
         unfit = ("the reference is silent" if length == 0 or true.square().mean() < INAUDIBLE**2 else
@@ -1884,11 +1748,14 @@ def wave_metrics(estimate: Tensor, reference: Tensor, samples: Tensor) -> tuple[
             values[name].append(value)
             if value is None and not (unfit and name in reasons):  # a missing package matters more
                 reasons[name] = reason
-    return values, reasons
+    return values
 
 
 def attempt(measure: Callable[[Tensor, Tensor], Any], estimate: Tensor, reference: Tensor) -> tuple[float | None, str]:
     """(value, "") or (None, why there is none)"""
+    if len(reference) < WAVE_METRICS[measure]:
+        return None, (f"the clip is too short: {len(reference) / SAMPLE_RATE:.2g} s, needed are "
+                      f"{WAVE_METRICS[measure] / SAMPLE_RATE:.2g} s")
     try:
         value = float(measure(estimate, reference))
     except ImportError as error:
@@ -1955,7 +1822,8 @@ def sounds(model: SoundFamily, audio: Tensor, frames: Tensor) -> Iterator[tuple[
 
 def measure_rows(model: SoundFamily, clips: Sequence[tuple[Track, int]], title: str = "") -> dict[str, Any]:
     """{row: {"all" or stem: {metric: summary}}} over clips (track, start), between floor and ceilings"""
-    values: dict[str, list[tuple[str, dict, dict]]] = {}
+    values: dict[str, list[dict]] = {}
+    reasons: dict[str, dict[str, str]] = {}
     device, prep = next(model.parameters()).device, model.preprocessor
     with progress(len(clips), title, not title, unit="clip", leave=False) as bar:
         for first in range(0, len(clips), 4):
@@ -1967,23 +1835,14 @@ def measure_rows(model: SoundFamily, clips: Sequence[tuple[Track, int]], title: 
                 mel = prep.standardise(prep.log_mel(sound)) if mel is None else mel
                 columns = {name: value.tolist()
                            for name, value in mel_metrics(mel, target, batch.frames, prep).items()}
-                more, reasons = ({}, {}) if sound is None else wave_metrics(sound, batch.audio, samples)
-                columns |= more
-                for i, (track, _) in enumerate(part):
-                    values.setdefault(row, []).append(
-                        (track.stem, {name: column[i] for name, column in columns.items()}, reasons))
+                if sound is not None:
+                    columns |= wave_metrics(sound, batch.audio, samples, reasons.setdefault(row, {}))
+                values.setdefault(row, []).extend(dict(zip(columns, clip)) for clip in zip(*columns.values()))
             bar.update(len(part))
-    groups = ["all", *dict.fromkeys(track.stem for track, _ in clips)]
-    groups = groups if len(groups) > 2 else groups[:1]
-    return {row: {stem: summarise([v for s, v, _ in entries if stem in ("all", s)],
-                                  worst_reason([r for _, _, r in entries]))
-                  for stem in groups} for row, entries in values.items()}
-
-
-def worst_reason(reasons: Sequence[dict[str, str]]) -> dict[str, str]:
-    """One reason per metric: that something is not installed matters more than that a clip is silent."""
-    pairs = [pair for clip in reasons for pair in clip.items()]
-    return dict(sorted(pairs, key=lambda pair: "not measured" in pair[1]))
+    stems = [track.stem for track, _ in clips]
+    groups = ["all", *dict.fromkeys(stems)] if len(set(stems)) > 1 else ["all"]
+    return {row: {group: summarise([clip for clip, stem in zip(rows, stems) if group in ("all", stem)],
+                                   reasons.get(row)) for group in groups} for row, rows in values.items()}
 
 
 def print_rows(rows: dict[str, Any], stem: str) -> None:
@@ -2013,9 +1872,8 @@ PIECE = 1000  # frames that are made audible at a time, 20 s: what stays in the 
 
 
 def chunk_starts(model: SoundFamily, length: int) -> list[int]:
-    """First frames of the clips that a file of so many samples is cut into: they overlap. Where a short last one would
-    cost as much as a whole one, it is moved back to be one: silence after the end takes its share of what a clip holds.
-    """
+    """First frames of the clips that a file of so many samples is cut into: they overlap. A short last one that would
+    cost as much as a whole one is moved back to be one."""
     frames, overlap = max(1, -(-length // HOP)), FADE + 2 * model.margin
     starts = list(range(0, max(1, frames - overlap), FRAMES - overlap))
     if model.whole_clips and len(starts) > 1:
@@ -2078,11 +1936,10 @@ def render_long(model: Family, decoded: Tensor, phase: str, audio: Tensor) -> Te
 def write_wav(path: Path, audio: Tensor) -> None:
     """16-bit mono WAV; the caller has made sure that it does not clip."""
     import soundfile
+    buffer = io.BytesIO()  # a full disk is then an OSError
+    soundfile.write(buffer, audio.numpy(), SAMPLE_RATE, format="WAV", subtype="PCM_16")
     with replacing(path) as part:
-        try:
-            soundfile.write(part, audio.numpy(), SAMPLE_RATE, format="WAV", subtype="PCM_16")
-        except soundfile.LibsndfileError as error:
-            raise OSError(getattr(error, "error_string", str(error))) from None
+        part.write_bytes(buffer.getbuffer())
 
 
 def level_matched(estimate: Tensor, original: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -2095,8 +1952,7 @@ def level_matched(estimate: Tensor, original: Tensor) -> tuple[Tensor, Tensor, f
 
 
 def output_folder(folder: Path, given: bool) -> Path:
-    """A folder that can be written to. One that the user named and that holds other things is not marked as results:
-    it may be their recordings'."""
+    """A folder that can be written to. One that the user named and that holds other things is not marked as results."""
     fresh = not given or not folder.is_dir() or not any(p.name != RESULTS_MARK for p in folder.iterdir())
     if fresh or (folder / RESULTS_MARK).exists():
         return results_folder(folder)
@@ -2116,10 +1972,8 @@ def outputs_apart(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
 
 def measured(model: SoundFamily, path: Path, original: Tensor) -> dict[str, Any]:
     """Figures of exactly what was written, against the original as it would be written beside it, of the same length"""
-    estimate, wave = read_audio(path), {}
-    for metric in (snr_db, si_sdr_db):
-        silent = original.square().mean() < INAUDIBLE**2
-        wave[metric.__name__] = None if silent else attempt(metric, estimate, original)[0]
+    estimate, silent = read_audio(path), original.square().mean() < INAUDIBLE**2
+    wave = {m.__name__: None if silent else attempt(m, estimate, original)[0] for m in (snr_db, si_sdr_db)}
     prep, pad = model.preprocessor, (0, -len(original) % HOP)
     ours, true = (prep.standardise(prep.log_mel(F.pad(sound, pad)[None].to(prep.mean.device)))
                   for sound in (estimate, original))
@@ -2170,7 +2024,7 @@ def run_infer(command: Command, world: World) -> int:
         if beside:
             write_wav(beside[i], original)
         columns += [(file.stem[:32], original, estimate)] * (i < 2)
-    inference_figure(results / "inference_comparison.png", title_of(model, phase_note(phase)), columns, model)
+    comparison_figure(results / "inference_comparison.png", title_of(model, phase_note(phase)), columns, model)
     write_json(results / "inference.json", {
         "model": command.key, "checkpoint": str(command.path), "phase": phase, "original_phase": UPPER_BOUND,
         "files": records, "machine": provenance(), "metrics": definitions("snr_db", "si_sdr_db", "mel_mse")})
@@ -2214,39 +2068,26 @@ def show_mel(figure: Any, axis: Any, decibels: Tensor, title: str, low: float, h
     figure.colorbar(image, ax=axis, label="dB")
 
 
-def show_both(figure: Any, axes: Sequence[Any], name: str, original: Tensor, estimate: Tensor) -> None:
-    """Original, regenerated and their difference in three panels, from log-mels [M T]"""
-    original, estimate = (10 / math.log(10) * mel for mel in (original, estimate))
-    high = original.max().item()
-    show_mel(figure, axes[0], original, f"{name}: original", high - 75, high, "magma")
-    show_mel(figure, axes[1], estimate, "regenerated", high - 75, high, "magma")
-    show_mel(figure, axes[2], estimate - original, "regenerated minus original", -20, 20, "RdBu_r")
-
-
-def spectrogram_figure(path: Path, title: str, columns: Sequence[tuple[str, Tensor, Tensor]]) -> None:
-    """Per column (name, original, regenerated log-mel [M T]): original, regenerated, and the difference in dB."""
-    figure, axes = new_figure(3, len(columns), title)
-    for (name, original, estimate), panels in zip(columns, axes.T):
-        show_both(figure, panels, name, original, estimate)
-    save_figure(figure, path)
-
-
-def inference_figure(path: Path, title: str, columns: Sequence[tuple[str, Tensor, Tensor]], model: Any) -> None:
+def comparison_figure(path: Path, title: str, columns: list[tuple[str, Tensor, Tensor]], model: SoundFamily) -> None:
     """Per column (name, original, regenerated waveform [L]): both waveforms, a close-up, and the spectrograms."""
     figure, axes = new_figure(5, len(columns), title)
-    for (name, original, estimate), (top, close, *panels) in zip(columns, axes.T):
-        length = min(len(original), 4 * CLIP)  # a picture of more than 20 s shows nothing
-        seconds = np.arange(length) / SAMPLE_RATE
-        loudest = int(F.avg_pool1d(original[None, :length].abs(), 320, 320).argmax()) * 320 if length >= 320 else 0
+    for (name, *pair), (top, close, *panels) in zip(columns, axes.T):
+        both = torch.stack(pair)[:, :4 * CLIP]  # a picture of more than 20 s shows nothing
+        length = both.shape[1]
+        loudest = int(F.avg_pool1d(both[:1].abs(), HOP, HOP).argmax()) * HOP if length >= HOP else 0
         for axis, part in ((top, slice(0, length)), (close, slice(max(0, loudest - 240), loudest + 240))):
-            axis.plot(seconds[part], original[:length][part], linewidth=0.9, label="original")
-            axis.plot(seconds[part], estimate[:length][part], linewidth=0.9, alpha=0.7, label="regenerated")
+            for sound, label in zip(both, ("original", "regenerated")):
+                axis.plot(np.arange(length)[part] / SAMPLE_RATE, sound[part], linewidth=0.9, alpha=0.8, label=label)
             axis.set(xlabel="s", ylabel="amplitude")
         top.set_title(f"{name}, 16 kHz mono")
         close.set_title("its loudest 30 ms")
         top.legend(frameon=False, loc="upper right", ncols=2)
-        both = F.pad(torch.stack([original, estimate])[:, :length], (0, -length % HOP))
-        show_both(figure, panels, name, *model.preprocessor.log_mel(both.to(model.preprocessor.mean.device)).cpu())
+        both = F.pad(both, (0, -length % HOP)).to(model.preprocessor.mean.device)
+        original, estimate = 10 / math.log(10) * model.preprocessor.log_mel(both).cpu()
+        high = original.max().item()
+        show_mel(figure, panels[0], original, f"{name}: original", high - 75, high, "magma")
+        show_mel(figure, panels[1], estimate, "regenerated", high - 75, high, "magma")
+        show_mel(figure, panels[2], estimate - original, "regenerated minus original", -20, 20, "RdBu_r")
     save_figure(figure, path)
 
 
@@ -2256,15 +2097,12 @@ def draw_curves(trainer: Trainer) -> None:
     steps = [(r["step"] / trainer.steps_per_epoch, r["loss"]) for r in trainer.history if "epoch" not in r]
     names = [name for name in epochs[0] if name.startswith("val_")]
     figure, axes = new_figure(1, 1 + len(names), title_of(trainer.model), (4.6, 3.6))
-    axes[0, 0].plot(*zip(*steps), linewidth=0.8, marker="o" if len(steps) < 20 else None, markersize=3,  # 1 is no line
-                    label=f"training, per {SUBJECT.log_every} steps")
-    axes[0, 0].set(xlabel="epoch", ylabel="loss")
-    for axis, name in zip(axes[0, 1:], names):
-        axis.plot([r["epoch"] for r in epochs], [r[name] for r in epochs], marker="o", markersize=3,
-                  label="held out, averaged weights")
-        axis.set(xlabel="epoch", ylabel=name.removeprefix("val_"))
-    for axis in axes.flat:
-        axis.legend(frameon=False)
+    curves = {"training loss": steps}
+    for name in names:
+        curves[f"held-out {name.removeprefix('val_')}"] = [(r["epoch"], r[name]) for r in epochs]
+    for axis, (label, points) in zip(axes.flat, curves.items()):
+        axis.plot(*zip(*points), linewidth=0.8, marker="o" if len(points) < 50 else None, markersize=3)  # 1 is no line
+        axis.set(xlabel="epoch", ylabel=label)
         axis.grid(alpha=0.3)
     save_figure(figure, trainer.results / "training_curves.png")
 
@@ -2314,12 +2152,11 @@ class BetweenEpochs:
             if last:
                 write_wav(trainer.results / f"audio_reconstructed_{i}.wav", estimate)
                 write_wav(trainer.results / f"audio_original_{i}.wav", original)
-            both = F.pad(torch.stack([original, estimate]), (0, -len(audio) % HOP)).to(trainer.world.device)
-            columns.append((f"{track.name[:24]} ({track.stem})", *model.preprocessor.log_mel(both).cpu()))
+            columns.append((f"{track.name[:24]} ({track.stem})", original, estimate))
         title = title_of(model, f"epoch {epoch}", phase_note(model.phases[0]))
-        spectrogram_figure(folder / f"spectrogram_{stamp}.png", title, columns)
+        comparison_figure(folder / f"spectrogram_{stamp}.png", title, columns, model)
         if last:
-            spectrogram_figure(trainer.results / "spectrogram_comparison.png", title, columns)
+            comparison_figure(trainer.results / "spectrogram_comparison.png", title, columns, model)
 
 
 class Subject:
@@ -2348,15 +2185,14 @@ class Subject:
             run = {}
         run = {n: Path(value) if n.endswith("_root") else value for n, value in run.items() if value is not None}
         options = kind(**known_fields(kind, run | given))
-        if command.mode == "evaluate" or not command.state:
-            for name, dataset in {"musdb_root": "musdb", "musdb": "musdb", "num_samples": "synthetic",
-                                  "data_root": "folder"}.items():
-                if name in given and options.dataset != dataset:
-                    raise UserError(f"--{name} belongs to --dataset {dataset}", 2)
-            if "musdb" in given and "prepare_data" not in given:
-                raise UserError("--musdb says what --prepare_data downloads: give both", 2)
-            if "stem" in given and options.dataset == "folder":
-                raise UserError("--stem: a folder of your own files has no stems; use --dataset musdb or synthetic", 2)
+        if command.state and command.mode != "evaluate":
+            return options
+        for name, datasets in {"musdb_root": ("musdb",), "musdb": ("musdb",), "num_samples": ("synthetic",),
+                               "data_root": ("folder",), "stem": ("musdb", "synthetic")}.items():
+            if name in given and options.dataset not in datasets:
+                raise UserError(f"--{name} belongs to --dataset {' or '.join(datasets)}", 2)
+        if "musdb" in given and "prepare_data" not in given:
+            raise UserError("--musdb says what --prepare_data downloads: give both", 2)
         return options
 
     def load(self, command: Command, world: World) -> AudioData:
@@ -2365,6 +2201,8 @@ class Subject:
         if not world.main:
             world.wait()
         data = DATASETS[options.dataset](options, ("test",) if command.mode == "evaluate" else SPLITS)
+        if getattr(options, "extra_root", None):
+            data.add(options.extra_root)
         if world.main:
             world.wait()
         return data

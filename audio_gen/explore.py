@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import audio_gen as ag  # noqa: E402
-from audio_gen import CLIP, FAMILIES, HOP, SAMPLE_RATE, Command, MelFamily, UserError, World, number, option  # noqa: E402
+from audio_gen import CLIP, FAMILIES, HOP, SAMPLE_RATE, Command, MelFamily, UserError, World, option  # noqa: E402
 
 CLIPS_OF_A_FILE = 8  # that the table measures, spread evenly
 
@@ -37,8 +37,8 @@ class InterpolateOptions:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    num_samples: int = option(4, "exploring", "clips to make", number(int, 1, 1000))
-    seed: int = option(0, "exploring", "clip i of a seed is always the same", number(int, 0, 2**63 - 1))
+    num_samples: int = option(4, "exploring", "clips to make", ag.number(int, 1, 1000))
+    seed: int = option(0, "exploring", "clip i of a seed is always the same", ag.number(int, 0, 2**63 - 1))
     phase: str = option("griffinlim", "exploring", "how a mel spectrogram becomes sound", choices=MelFamily.phases[:1])
 
 

@@ -67,7 +67,7 @@ def model_file(tmp_path, tmp_path_factory):
 def no_pictures(monkeypatch):
     """What would have been drawn"""
     drawn = []
-    for module, name in ((ag, "inference_figure"), (ex, "strip_figure")):
+    for module, name in ((ag, "comparison_figure"), (ex, "strip_figure")):
         monkeypatch.setattr(module, name, lambda *rest: drawn.append(rest))
     return drawn
 
@@ -265,16 +265,6 @@ def test_pursuit_with_more_terms_is_never_worse():
     assert all(later < earlier for earlier, later in zip(rests, rests[1:]))
 
 
-def test_pursuit_recovers_sparse_signals_of_orthonormal_atoms():
-    generator = torch.Generator().manual_seed(3)
-    atoms = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
-    amplitudes = torch.randn(30, 16, generator=generator) * (torch.rand(30, 16, generator=generator) < 0.2)
-    count = int((amplitudes != 0).sum())
-    where, atom, amplitude = ag.matching_pursuit(amplitudes @ atoms, atoms, count)
-    assert sorted(zip(where.tolist(), atom.tolist())) == [tuple(place) for place in amplitudes.nonzero().tolist()]
-    torch.testing.assert_close(amplitude, amplitudes[where, atom], rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_pursuit_ends_where_there_is_nothing_more(scale):
     patches, atoms = torch.zeros(20, 16), unit_atoms(32, 16)
@@ -347,64 +337,17 @@ def test_sparse_code_keeps_its_budget(latent_dim):
     assert ag.numbers_per_second(model) * CLIP / RATE == latent_dim * FRAMES
 
 
-def test_unused_pairs_of_a_code_say_nothing():
-    model = build("waveform_vae")
-    code = model.encode(song(1)[None] * (torch.arange(CLIP) < 100 * HOP), torch.tensor([100]))
-    used = code.amplitude != 0
-    assert not used.all()
-    moved = code._replace(atom=torch.where(used, code.atom, torch.full_like(code.atom, 7)))
-    torch.testing.assert_close(model.decode(moved), model.decode(code))
-
-
-def test_fewer_numbers_for_less_sound_and_more_for_better_sound():
-    audio = song(1)[None]
-    quality = []
-    for latent_dim in (8, 16, 40):
-        model = prepared("waveform_vae", latent_dim=latent_dim)
-        quality.append(snr(model.decode(model.encode(audio))[:, 0], audio))
-    assert quality[0] + 3 < quality[1] < quality[2] - 3
-
-
 @pytest.mark.parametrize("latent_dim", [8, 40])
 def test_waveform_model_beats_codecs_that_learned_nothing(latent_dim):
     model = prepared("waveform_vae", latent_dim=latent_dim)
     batch = ag.clip_batch(ag.fixed_clips(synthetic().test), CPU)
     plain = model.baselines(batch.audio, batch.frames)
-    assert set(plain) == {"pca", "lowest_lines", "largest_lines", "largest_runs"}
+    assert set(plain) == {"largest_lines", "largest_runs"}
     ours = snr(model.decode(model.encode(batch.audio, batch.frames))[:, 0], batch.audio)
     for name, decoded in plain.items():
         assert decoded.shape == (1, 1, CLIP)
         if name != "largest_runs" or latent_dim == 8:  # with 64 atoms, hard to beat on tones that hardly change
             assert ours > snr(decoded[:, 0], batch.audio) + 1, name
-
-
-def test_codecs_that_learned_nothing_keep_what_they_may():
-    count, frames = 21, torch.tensor([FRAMES, 130])
-    model = prepared("waveform_vae", latent_dim=count)
-    audio = torch.randn(2, CLIP, generator=torch.Generator().manual_seed(0)) * (
-        torch.arange(CLIP) < frames[:, None] * HOP)
-    plain = {name: model.mdct(model.render(decoded, "own"))
-             for name, decoded in model.baselines(audio, frames).items()}
-    kept = {name: lines.abs() > 1e-4 for name, lines in plain.items()}
-    assert (kept["lowest_lines"][0].sum(0) == count).all() and not kept["lowest_lines"][:, count:].any()
-    assert (kept["largest_lines"][0].sum(0) == count // 2).all()  # a line and its index
-    runs = kept["largest_runs"].view(2, HOP, -1, 4).any(3).sum((1, 2))
-    assert runs.tolist() == [count * n // 5 for n in frames.tolist()]  # four lines and an index
-    components = torch.einsum("lk,blt->bkt", model.principal, plain["pca"])
-    assert (components.abs() > 1e-3)[0].any(1).sum() == count
-    lines = model.mdct(audio)
-    for name in ("lowest_lines", "largest_lines", "largest_runs"):  # what is kept is kept as it was
-        torch.testing.assert_close(plain[name][kept[name]], lines[kept[name]], rtol=1e-3, atol=1e-3)
-    assert lines.abs()[0][~kept["largest_lines"][0]].mean() < lines.abs()[0][kept["largest_lines"][0]].mean() / 2
-    assert "pca" not in build("waveform_vae").baselines(audio, frames)  # there is none before the statistics
-
-
-def test_principal_frames_are_orthonormal_and_sorted():
-    model = prepared("waveform_vae")
-    torch.testing.assert_close(model.principal.T @ model.principal, torch.eye(HOP), rtol=0, atol=1e-4)
-    lines = torch.cat([model.mdct(b.audio) for b in clips()]).transpose(1, 2).reshape(-1, HOP)
-    energy = (lines @ model.principal).square().mean(0)
-    assert (energy[1:] <= energy[:-1] * 1.01 + 1e-7).all()
 
 
 def test_first_dictionary_is_better_than_chance_and_depends_on_the_seed_alone():
@@ -636,7 +579,6 @@ def test_start_is_the_linear_codec(family):
 def test_checkpoint_holds_the_statistics(family, models):
     state = models[family].state_dict()
     assert {"preprocessor.mean", "preprocessor.std"} <= state.keys()
-    assert (family == "waveform_vae") == ("principal" in state)
     fresh = build(family).eval()
     fresh.load_state_dict(state)
     audio = song(1)
@@ -660,15 +602,6 @@ def test_bfloat16_is_close(family, models):
     model.precision = torch.bfloat16
     found = ag.decode_long(model, audio)
     assert found.dtype == torch.float32 and snr(found, expected) > 20
-
-
-def test_wrong_sizes_of_a_model_are_usage_errors():
-    for family, options, word in (("autoencoder", {"width": 20}, "--width"), ("vae", {"latent_frames": 7}, "1, 16"),
-                                  ("waveform_vae", {"latent_dim": 1}, "--latent_dim"),
-                                  ("waveform_vae", {"latent_dim": 321}, "--latent_dim")):
-        with pytest.raises(ag.UserError, match=word) as caught:
-            build(family, **options)
-        assert caught.value.code == 2
 
 
 # === regeneration: files of any length ===
@@ -790,14 +723,6 @@ def seams_of(frames: int, stride: int) -> list[int]:
     return [place * HOP for start in starts for place in (start, start + ag.FADE)]
 
 
-def test_click_would_be_found():
-    audio = sine(2 * CLIP)
-    assert_no_clicks(audio, [CLIP])
-    audio[CLIP:] += 0.02
-    with pytest.raises(AssertionError):
-        assert_no_clicks(audio, [CLIP])
-
-
 def test_waveform_model_has_no_seams(models):
     """Of a steady tone that lasts over five chunks, each decoded on its own."""
     audio = sine(4 * CLIP + 5000)
@@ -847,15 +772,11 @@ def test_power_stays_even_where_pieces_meet(alike, monkeypatch):
 def test_silence_stays_silent_in_a_waveform_model(models):
     audio = torch.cat([torch.zeros(CLIP + 7), song(1.5), torch.zeros(2 * CLIP)])
     result = ag.render_long(models["waveform_vae"], ag.decode_long(models["waveform_vae"], audio), "own", audio)
-    margin = 2 * HOP + model_patch()  # of a frame and a patch
+    margin = 2 * HOP + ag.WaveformVAE.PATCH * HOP  # of a frame and a patch
     assert level_db(result[:CLIP + 7 - margin]) < -80
     assert level_db(result[len(audio) - 2 * CLIP + margin:]) < -80
     assert level_db(result[CLIP + 7:-2 * CLIP]) > -40
     assert not ag.decode_long(models["waveform_vae"], torch.zeros(CLIP + 7)).any()
-
-
-def model_patch() -> int:
-    return ag.WaveformVAE.PATCH * HOP
 
 
 @pytest.mark.parametrize("gain, peak", [(0.2, 0.5), (3.0, 0.9), (1.0, 1.0), (0.5, 2.5), (1.7, 0.01)])
@@ -873,15 +794,6 @@ def test_levels_are_matched_and_nothing_clips(gain, peak):
         assert torch.equal(true, original)
 
 
-def test_levels_of_silence():
-    zeros, tone = torch.zeros(1000), sine(1000)
-    for estimate, original in ((zeros, zeros), (tone, zeros), (zeros, tone)):
-        ours, true, _ = ag.level_matched(estimate, original)
-        assert torch.isfinite(ours).all() and torch.equal(true, original)
-        assert not original.any() <= ours.any() or not ours.any()
-    assert not ag.level_matched(1e-3 * tone, zeros)[0].any()
-
-
 def test_wav_has_16_bits_and_the_samples(place):
     audio = sine(12_345, amplitude=0.999)
     ag.write_wav(place / "new" / "a.wav", audio)
@@ -894,13 +806,11 @@ def test_wav_has_16_bits_and_the_samples(place):
 
 # === measuring ===
 
-QUICK = tuple(measure for measure in ag.WAVE_METRICS if measure.__name__ in ("snr_db", "si_sdr_db", "lsd_db"))
+QUICK = {ag.snr_db: 1, ag.si_sdr_db: 1, ag.lsd_db: 1}
 CEILINGS = [f"ceiling_true_mel_{phase}" for phase in ag.SoundFamily.phases]
 FLOORS = ["floor_mean_spectrum", "floor_mean_spectrum_griffinlim"]
 ROWS = {"autoencoder": ["model_mel", *(f"model_{phase}" for phase in ag.SoundFamily.phases), *CEILINGS, *FLOORS],
-        "waveform_vae": ["model", *(f"without_network_{name}" for name in ("lowest_lines", "largest_lines",
-                                                                          "largest_runs", "pca")),
-                         *CEILINGS, *FLOORS]}
+        "waveform_vae": ["model", "without_network_largest_lines", "without_network_largest_runs", *CEILINGS, *FLOORS]}
 
 
 @pytest.fixture
@@ -1166,9 +1076,9 @@ def test_evaluation_of_own_files_and_without_its_data(model_file, monkeypatch, p
     (("--num_samples", 10, "--dataset", "musdb"), "--num_samples belongs to --dataset synthetic"),
     (("--data_root", "x"), "--data_root belongs to --dataset folder"),
     (("--musdb_root", "x", "--dataset", "folder"), "--musdb_root belongs to --dataset musdb"),
-    (("--stem", "bass", "--dataset", "folder", "--data_root", "x"), "no stems"),
-    (("--musdb", "full"), "--prepare_data"), (("--dataset", "folder"), "--data_root"), (("--width", 20), "of 8"),
-    (("--model", "vae", "--latent_frames", 7), "1, 16, 32"), (("--model", "waveform_vae", "--latent_dim", 321), "321"),
+    (("--stem", "bass", "--dataset", "folder", "--data_root", "x"), "--stem belongs to"),
+    (("--musdb", "full"), "--prepare_data"), (("--dataset", "folder"), "--data_root"), (("--width", 20), "choice"),
+    (("--model", "vae", "--latent_frames", 7), "choice"), (("--model", "waveform_vae", "--latent_dim", 321), "321"),
     (("--model", "waveform_vae", "--blocks", 1), "--blocks"), (("--compile",), "--compile"), (("--n_mels", 7), "7")])
 def test_flag_that_can_not_be_honoured_is_a_usage_error(flags, word):
     assert_error(call(*flags), 2, word)
@@ -1274,12 +1184,6 @@ def test_table_has_the_rows_of_an_evaluation_for_each_file(model_file, monkeypat
     report = read_json("results/table.json")
     assert list(report["files"]) == ["0.wav", "1.wav"] and list(report["files"]["0.wav"]) == ROWS["waveform_vae"]
     assert report["files"]["1.wav"]["model"]["1.wav"]["snr_db"]["n"] == 2 and "0.wav: medians" in out
-
-
-def test_strip_is_drawn(model_file):
-    model_file("vae")
-    explored("sample", "--num_samples", 2)
-    assert_picture("results/samples.png")
 
 
 def test_exploring_overwrites_nothing_of_others(model_file, no_pictures):

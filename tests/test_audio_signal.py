@@ -69,7 +69,8 @@ def level(audio):
 def wave(estimate, reference, samples=None):
     if samples is None:
         samples = torch.full((len(reference),), reference.shape[1])
-    return ag.wave_metrics(estimate, reference, samples)
+    reasons: dict[str, str] = {}
+    return ag.wave_metrics(estimate, reference, samples, reasons), reasons
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +165,6 @@ def test_silence_is_the_floor_and_standardising_is_undone(fresh):
     fresh.fit(iter([Clips(voice(), torch.tensor([256]))]))
     log_mel = fresh.log_mel(voice(seed=1))
     torch.testing.assert_close(fresh.unstandardise(fresh.standardise(log_mel)), log_mel, rtol=0, atol=1e-4)
-
-
-def test_clips_do_not_influence_each_other(prep):
-    audio = torch.cat([voice(), noise(1, CLIP), torch.zeros(1, CLIP)])
-    together = prep.log_mel(audio)
-    for i in range(3):
-        torch.testing.assert_close(prep.log_mel(audio[i:i + 1])[0], together[i], rtol=0, atol=0)
 
 
 def test_log_mel_can_be_learned_through(prep):
@@ -366,7 +360,7 @@ def test_what_each_ratio_forgives():
 
 
 @pytest.mark.parametrize("gain", [2.0, 0.5])
-def testspectral_distances_of_a_gain_in_closed_form(gain):
+def test_spectral_distances_of_a_gain_in_closed_form(gain):
     """6 dB louder everywhere: 6.02 dB of log-spectral distance, and |g - 1| + |ln g|; whatever the polarity."""
     reference = noise(1, CLIP)
     for estimate in (gain * reference, -gain * reference):
@@ -380,14 +374,6 @@ def test_distances_vanish_for_the_reference_itself():
     assert values["lsd_db"] == values["mr_stft"] == [0] and values["snr_db"][0] > 80
     assert values["sdr_db"][0] is None or values["sdr_db"][0] > 80
     assert all(math.isfinite(v) for column in values.values() for v in column if v is not None), reasons
-
-
-def test_phase_is_invisible_tospectral_distances_and_ruins_snr(prep):
-    reference = voice()
-    rebuilt = ag.griffin_lim(prep, ag.stft(prep, reference).abs(), 64)
-    values, _ = wave(rebuilt, reference)
-    other, _ = wave(reference + 0.05 * noise(1, CLIP), reference)
-    assert values["snr_db"][0] < 3 < 15 < other["snr_db"][0] and values["mr_stft"][0] < 0.3 and values["lsd_db"][0] < 3
 
 
 def test_a_silent_clip_fails_alone():
