@@ -15,11 +15,10 @@ Both are trained by Adam in float32, as there.
     vae-loader    the same with its data loader, which on a CPU decodes in the training process
     *-bf16        the same under bfloat16 autocast, what a line would give them
 Ours (28 pixels, class-conditional, bfloat16 where the CPU has it, averaged weights, statistics):
-    gan, vae-conv                the defaults
-    gan-dcgan, vae-mlp           --gan_loss dcgan, --network mlp
-    gan-wide-32, gan-wide-64     --gan_loss dcgan --convs 0, as in the example, and --width as large as it takes to have
-                                 the parameters of dcgan-32 and dcgan-64
-    vae-small                    --network mlp --convs 0: one hidden layer on each side, wider than the example's
+    ours-gan, ours-vae           the defaults; the VAE learns a prior of its codes beside
+    ours-gan-32, ours-gan-64     --convs 0, as in the example, and --width as large as it takes to have the parameters
+                                 of dcgan-32 and dcgan-64
+    ours-vae-plain               --convs 0 --prior normal: the convolutions that change the resolution, and no prior
 Turns are interleaved, so that a machine that slows down slows all of them. The ratio is taken turn by turn, its median
 is printed: above 1, ours is faster. Pixels are random: arithmetic takes as long as for real ones.
 """
@@ -33,24 +32,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from image_gen_peers import ig, machine, provenance, random_images, seconds_of
+from image_gen_peers import Ours, ig, machine, provenance, random_images, seconds_of
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 EPOCH = 60_000
-AS_THERE = {"convs": 0, "gan_loss": "dcgan"}  # of our GAN, to train like the example's
-
-
-class Ours:
-    """image_gen.py's own Trainer, driven step by step."""
-
-    def __init__(self, family: str, batch: int, images: ig.Images, **options: Any) -> None:
-        world = ig.World("cpu")
-        kind = ig.FAMILIES[family]
-        self.network = kind(kind.config_class(batch_size=batch, **options), images.info())
-        dtype = ig.pick_precision("auto", world.device)
-        trainer = ig.Trainer(self.network, images, world, dtype, False, HERE / "unused.pt", HERE)  # fit() would write
-        self.train_step, self.batch, self.precision = trainer.train_step, batch, str(dtype).removeprefix("torch.")
 
 
 class Example:
@@ -157,10 +143,14 @@ def size(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
+def ours(family: str, batch: int, images: ig.Images, **options: Any) -> Ours:
+    return Ours(argparse.Namespace(device="cpu", batch_size=batch), images, family, **options)
+
+
 def wide_enough(target: int, images: ig.Images) -> int:
     """The smallest --width with which our GAN has `target` parameters."""
     return next(width for width in range(64, 1024, 8)
-                if size(ig.GanModel(ig.GanConfig(width=width, **AS_THERE), images.info())) >= target)
+                if size(ig.GanModel(ig.GanConfig(width=width, convs=0), images.info())) >= target)
 
 
 def contestants(images: ig.Images, only: str) -> dict[str, tuple[Any, str]]:
@@ -168,17 +158,15 @@ def contestants(images: ig.Images, only: str) -> dict[str, tuple[Any, str]]:
     found: dict[str, tuple[Any, str]] = {}
     if only in ("gan", "all"):
         for side in (32, 64):
-            peer, wide = Dcgan(images, side), f"gan-wide-{side}"
-            found[wide] = Ours("gan", 64, images, width=wide_enough(size(peer.network), images), **AS_THERE), wide
+            peer, wide = Dcgan(images, side), f"ours-gan-{side}"
+            found[wide] = ours("gan", 64, images, width=wide_enough(size(peer.network), images), convs=0), wide
             found[f"dcgan-{side}"], found[f"dcgan-{side}-bf16"] = (peer, wide), (Dcgan(images, side, True), wide)
-        found["gan-dcgan"] = Ours("gan", 64, images, gan_loss="dcgan"), "gan-dcgan"
-        found["gan"] = Ours("gan", 64, images), "gan"
+        found["ours-gan"] = ours("gan", 64, images), "ours-gan"
     if only in ("vae", "all"):
-        found["vae-small"] = Ours("vae", 128, images, network="mlp", convs=0), "vae-small"
-        found |= {"vae": (Vae(images), "vae-small"), "vae-bf16": (Vae(images, True), "vae-small"),
-                  "vae-loader": (Vae(images, loader=True), "vae-small"),
-                  "vae-mlp": (Ours("vae", 128, images, network="mlp"), "vae-mlp"),
-                  "vae-conv": (Ours("vae", 64, images), "vae-conv")}
+        plain = "ours-vae-plain"
+        found |= {plain: (ours("vae", 128, images, convs=0, prior="normal"), plain),
+                  "vae": (Vae(images), plain), "vae-bf16": (Vae(images, True), plain),
+                  "vae-loader": (Vae(images, loader=True), plain), "ours-vae": (ours("vae", 64, images), "ours-vae")}
     return found
 
 
@@ -215,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "image_gen_examples.json", help="file to write")
     args = parser.parse_args(argv)
     try:
-        ig.check_writable(args.out.parent)
+        ig.results_folder(args.out.parent)
         if args.threads:
             torch.set_num_threads(args.threads)
         args.device = "cpu"

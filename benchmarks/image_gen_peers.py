@@ -8,12 +8,15 @@
     python benchmarks/image_gen_peers.py --what quality --minutes 10 --samples 2000      FID after equal minutes
     python benchmarks/image_gen_peers.py --what quality --minutes 10 --samples 2000 --only ours     one of them alone
 
-Results are merged into one JSON file, with Markdown tables of the same name beside it: `train` is always replaced as a
-whole (its ratios hold within one run), `sample` and `quality` contestant by contestant.
+Results are merged into one JSON file, with Markdown tables of the same name beside it, and for `quality` a picture of
+FID against minutes: `train` is always replaced as a whole (its ratios hold within one run), `sample` and `quality`
+contestant by contestant.
 
 Contestants. All train on the same batch size from images in memory, with gradients clipped to norm 1; none pays for
 a data loader (the peers' own would read image files), for progress bars or for logging.
-    ours               image_gen.py in its default settings: class-conditional, bfloat16 where the CPU has it
+    ours               image_gen.py in its default settings, a diffusion model: class-conditional, bfloat16 where the
+                       CPU has it
+    ours-gan, ours-vae its other families, by their defaults as well
     diffusers          UNet2DModel, widths (32, 64, 128): as large as ours, and not larger; the recipe is the library's
                        train_unconditional.py: epsilon loss with DDPMScheduler, AdamW 1e-4, cosine rate with warm-up,
                        EMA; unconditional, float32
@@ -24,14 +27,15 @@ a data loader (the peers' own would read image files), for progress bars or for 
     *-bf16, *-bf16-cl  the peers under bfloat16 autocast, and also in channels_last: what a line or two would give them
     ours-float32       ours without its bfloat16
 Quality: one process for each; the first 4 % of the minutes measure the speed, to which learning-rate schedules that
-need a length are fitted. Samples: ours as by default, the peers DDIM with 50 evaluations, all from averaged weights.
+need a length are fitted. After an eighth, a quarter and a half of the minutes, and at their end, averaged weights draw
+and are measured, while the clock stands still: ours as by default, the peers DDIM with 50 evaluations. The time to a
+FID is that of the first of these measurements which is as low.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import copy
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -43,7 +47,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,30 +63,34 @@ import image_gen as ig  # noqa: E402
 
 class Ours:
     """image_gen.py's own Trainer, driven step by step."""
-    conditioning = "class"
 
-    def __init__(self, args: argparse.Namespace, images: ig.Images, precision: str = "auto") -> None:
-        world = ig.World(args.device)
-        dtype = ig.pick_precision(precision, world.device)
-        model = ig.DiffusionModel(ig.DiffusionConfig(batch_size=args.batch_size), images.info())
-        self.trainer = ig.Trainer(model, images, world, dtype, False, HERE / "unused.pt", HERE)  # writes only in fit()
+    def __init__(self, args: argparse.Namespace, images: ig.Images, family: str = "diffusion",
+                 precision: str = "auto", **options: Any) -> None:
+        world, kind = ig.World(args.device), ig.FAMILIES[family]
+        model = kind(kind.config_class(batch_size=args.batch_size, **options), images.info()).to(world.device)
+        model.prepare(images, world.device)
+        model.precision = ig.pick_precision(precision, world.device)
+        self.trainer = ig.Trainer(model, images, world, HERE / "unused.pt", HERE, {})  # only fit() would write
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the Trainer's own handlers wait for fit()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.network, self.train_step, self.device = model, self.trainer.train_step, world.device
-        self.precision = str(dtype).removeprefix("torch.")
+        self.network, self.train_step, self.device = model.train(), self.trainer.train_step, world.device
+        self.batch, self.precision = args.batch_size, str(model.precision).removeprefix("torch.")
+        self.conditioning = "class" if model.labelled else "none"
         how = model.describe_sampling()
-        self.samplers = ((how["sampler"], how["network_evaluations"]),)
+        self.samplers = ((how.get("sampler", "one pass"), how.get("network_evaluations", 1)),)
 
     def plan(self, total: int) -> str:
         """Fit the schedule to `total` steps; those so far were part of its warm-up."""
-        epochs = total / self.trainer.steps_per_epoch
-        self.trainer.config = dataclasses.replace(self.trainer.config, epochs=epochs)
-        return f"default, for {epochs:.2f} epochs"
+        self.trainer.total = total
+        return f"default, for {total / self.trainer.steps_per_epoch:.2f} epochs"
 
+    @torch.no_grad()
     def draw(self, numbers: range, total: int, sampler: str, steps: int, run: int | None = None) -> Tensor:
-        model = self.trainer.sampler.eval()
-        labels = ig.proportional_labels(model.data, total)[list(numbers)].to(self.device)
-        return model.sample(labels, ig.ImageNoise(0, numbers, self.device))
+        model = self.trainer.averaged.eval()
+        model.precision = self.network.precision
+        labels = ig.proportional_labels(model.data, total, model.labelled)
+        labels = None if labels is None else labels[list(numbers)].to(self.device)
+        return model.sample(labels, ig.Noise(0, numbers, self.device))
 
 
 class Peer:
@@ -133,6 +140,7 @@ class Diffusers(Peer):
         self.get_scheduler = get_scheduler
         self.scheduler = get_scheduler("constant_with_warmup", self.optimizer, num_warmup_steps=500)
         self.ema = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.copied: tuple[int, Any] = (-1, None)  # step and averaged weights
 
     def plan(self, total: int) -> str:
         """The example's cosine over the rest of the run. Its 500 steps of warm-up are cut to a tenth of a short run."""
@@ -150,16 +158,18 @@ class Diffusers(Peer):
         self.scheduler.step()
         self.ema.step(self.network.parameters())
 
-    @cached_property
     def averaged(self) -> nn.Module:
-        network = copy.deepcopy(self.network).eval()
-        self.ema.copy_to(network.parameters())
-        return network
+        """A copy, made anew when training has gone on."""
+        if self.copied[0] != self.scheduler.last_epoch:
+            network = copy.deepcopy(self.network).eval()
+            self.ema.copy_to(network.parameters())
+            self.copied = self.scheduler.last_epoch, network
+        return self.copied[1]
 
     @torch.no_grad()
     def draw(self, numbers: range, total: int, sampler: str, steps: int, run: int | None = None) -> Tensor:
         """The loop of DDPMPipeline or DDIMPipeline, of which `run` steps are taken (all by default)."""
-        network, noising = self.averaged, self.noising[sampler]
+        network, noising = self.averaged(), self.noising[sampler]
         noising.set_timesteps(steps)
         x = torch.randn(len(numbers), 1, 28, 28, device=self.device)
         for t in noising.timesteps[:run]:
@@ -204,13 +214,16 @@ class DenoisingDiffusion(Peer):
 
 BF16, BF16_CL = {"bf16": True}, {"bf16": True, "channels_last": True}
 CONTESTANTS: dict[str, tuple[type, dict[str, Any]]] = {
-    "ours": (Ours, {}), "ours-float32": (Ours, {"precision": "float32"}),
+    "ours": (Ours, {}), "ours-gan": (Ours, {"family": "gan"}), "ours-vae": (Ours, {"family": "vae"}),
+    "ours-float32": (Ours, {"precision": "float32"}),
     "diffusers": (Diffusers, {}), "diffusers-bf16": (Diffusers, BF16), "diffusers-bf16-cl": (Diffusers, BF16_CL),
     "diffusers-small": (Diffusers, {"last": 64}), "diffusers-small-bf16": (Diffusers, {"last": 64, **BF16}),
     "ddp": (DenoisingDiffusion, {}), "ddp-bf16": (DenoisingDiffusion, BF16),
     "ddp-bf16-cl": (DenoisingDiffusion, BF16_CL)}
-DEFAULTS = {"train": tuple(CONTESTANTS), "sample": ("ours", "diffusers", "diffusers-bf16", "ddp", "ddp-bf16-cl"),
-            "quality": ("ours", "diffusers", "ddp")}
+DEFAULTS = {"train": tuple(name for name in CONTESTANTS if name not in ("ours-gan", "ours-vae")),
+            "sample": ("ours", "diffusers", "diffusers-bf16", "ddp", "ddp-bf16-cl"),
+            "quality": ("ours", "ours-gan", "ours-vae", "diffusers", "ddp")}
+SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the minutes, after which is measured; and at their end
 PACKAGES = {Diffusers: ("diffusers",), DenoisingDiffusion: ("denoising_diffusion_pytorch", "ema_pytorch")}
 
 # === measurements ===
@@ -291,12 +304,19 @@ def measure_sampling(args: argparse.Namespace) -> dict[str, dict]:
     return entries
 
 
-def train_for(runner: Any, args: argparse.Namespace, title: str) -> dict[str, Any]:
-    """Train for wall-clock minutes, the measurement of the speed included."""
-    budget, step, total, plan = 60 * args.minutes, 0, 0, ""
-    started = time.perf_counter()
+def train_for(runner: Any, args: argparse.Namespace, title: str, look: Callable[[float], None]) -> dict[str, Any]:
+    """Train for wall-clock minutes, the measurement of the speed included; `look` is called with the minutes so far,
+    while the clock stands still."""
+    budget, step, total, plan, marks = 60 * args.minutes, 0, 0, "", [share * 60 * args.minutes for share in SHARES]
+    started, probed = time.perf_counter(), 0.0
     with ig.progress(round(budget), title, unit="s") as bar:
         while (elapsed := time.perf_counter() - started) < budget and not (plan and step >= total):
+            if marks and plan and elapsed >= marks[0]:
+                marks = [mark for mark in marks if mark > elapsed]
+                paused = time.perf_counter()
+                look(elapsed / 60)
+                started += time.perf_counter() - paused
+                continue
             if step == 2:
                 probed = elapsed  # the first steps pay for set-up
             if not plan and step >= 4 and elapsed >= 0.04 * budget:
@@ -305,40 +325,78 @@ def train_for(runner: Any, args: argparse.Namespace, title: str) -> dict[str, An
             seconds_of(runner.train_step)
             step += 1
             bar.update(round(elapsed) - bar.n)
-    elapsed = time.perf_counter() - started
+    look(elapsed / 60)
     unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
     return {"minutes": elapsed / 60, "steps": f"{step} of {total} planned", "schedule": plan,
             "images_seen": step * args.batch_size, "images_per_second": step * args.batch_size / elapsed,
             "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
 
 
-def measure_quality(args: argparse.Namespace) -> dict[str, dict]:
-    """One contestant: train on MNIST from scratch, draw, compare with test images; beside it real training images."""
-    name, images = args.only[0], ig.DATASETS["mnist"](args.data_root, None)
-    net = ig.classifier_net(args.classifier, ig.pick_device(args.device), images.info())
-    runner, entry = enter(name, args, images)
-    entry |= train_for(runner, args, name)
-    (sampler, steps), started = runner.samplers[-1], time.perf_counter()
-    parts: list[Tensor] = []
-    with ig.progress(args.samples, f"{name}: drawing", unit="image") as bar:
+def draw_all(runner: Any, args: argparse.Namespace, title: str) -> tuple[Tensor, float]:
+    """--samples images as uint8, and the seconds that they took. The random numbers of training stay as they are."""
+    (sampler, steps), started, parts = runner.samplers[-1], time.perf_counter(), []
+    with ig.progress(args.samples, title, unit="image") as bar, torch.random.fork_rng():
         for first in range(0, args.samples, 250):
             numbers = range(first, min(first + 250, args.samples))
             parts.append(runner.draw(numbers, args.samples, sampler, steps).cpu())
             bar.update(len(numbers))
-    seconds, drawn = time.perf_counter() - started, torch.cat(parts)
+    drawn = torch.cat(parts)
     if not torch.isfinite(drawn).all():
-        raise ig.UserError(f"{name}: its samples are not finite numbers, the training diverged")
-    order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[:args.samples]
-    reference = net(images.test[:args.samples])
-    for suffix, pixels in (("", ig.to_uint8(drawn)), ("_floor", images.train[order])):
-        values, _ = ig.measure(net(pixels), reference, net, quick=True)
-        entry |= {f"{key}{suffix}": values[f"{key}_{net.name}"] for key in ("fid", "is", "kid")}
+        raise ig.UserError(f"{title}: its samples are not finite numbers, the training diverged")
+    return ig.to_uint8(drawn), time.perf_counter() - started
+
+
+def measure_quality(args: argparse.Namespace) -> dict[str, dict]:
+    """One contestant: train on MNIST from scratch, draw, compare with test images; beside it real training images."""
+    name, images = args.only[0], ig.load_images(ig.DataOptions("mnist", args.data_root))
+    net = ig.classifier_net(args.classifier, ig.pick_device(args.device), images.info())
+    reference = net(images.test[ig.some_rows(images.test, args.samples)])
+    floors, _ = ig.measure(net(images.train[ig.some_rows(images.train, args.samples)]), reference, net, quick=True)
+    runner, entry = enter(name, args, images)
+    curve: list[dict[str, Any]] = []
+    last: list[Any] = []  # samples, and the seconds of drawing them
+
+    def look(minutes: float) -> None:
+        last[:] = draw_all(runner, args, f"{name}: drawing after {minutes:.2f} minutes")
+        values, reasons = ig.measure(net(last[0]), reference, net, quick=True)
+        if reasons:
+            raise ig.UserError(f"--samples {args.samples}: {next(iter(reasons.values()))}", 2)
+        curve.append({"minutes": minutes} | {key: values[f"{key}_{net.name}"] for key in ("fid", "is", "kid")})
+        print(f"{name}: FID {curve[-1]['fid']:.2f} after {minutes:.2f} minutes", file=sys.stderr)
+
+    entry |= train_for(runner, args, name, look)
+    entry |= curve[-1] | {f"{key}_floor": floors[f"{key}_{net.name}"] for key in ("fid", "is", "kid")}
+    levels = {"to_10": 10.0, "to_5": 5.0, "to_2_floors": 2 * entry["fid_floor"]}
+    entry |= {key: next((f"{point['minutes']:.1f}" for point in curve if point["fid"] <= level), "not reached")
+              for key, level in levels.items()}
     rate = f" at {args.peer_learning_rate:g}" if args.peer_learning_rate and isinstance(runner, Peer) else ""
-    ig.grid_image(ig.to_uint8(drawn[:64]), args.out.with_name(f"{args.out.stem}_{name}{rate.replace(' ', '_')}.png"),
+    ig.grid_image(last[0][:64], args.out.with_name(f"{args.out.stem}_{name}{rate.replace(' ', '_')}.png"),
                   f"{name}{rate}, {args.minutes:g} minutes")
+    sampler, steps = runner.samplers[-1]
     return {name + rate: entry | {
-        "sampler": sampler, "evaluations": steps, "samples": args.samples, "reference": "test images", "feature_net":
-        net.name, "feature_net_sha256": net.digest, "images_per_second_drawn": args.samples / seconds}}
+        "curve": curve, "sampler": sampler, "evaluations": steps, "samples": args.samples, "reference": "test images",
+        "feature_net": net.name, "feature_net_sha256": net.digest,
+        "images_per_second_drawn": args.samples / last[1]}}
+
+
+def draw_quality(entries: dict[str, dict], path: Path) -> None:
+    """FID against minutes, a line for each contestant; real data below."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, entry in entries.items():
+        axis.plot([p["minutes"] for p in entry["curve"]], [p["fid"] for p in entry["curve"]], marker="o", label=name)
+    floors = [entry["fid_floor"] for entry in entries.values()]
+    axis.axhline(floors[-1], color="black", ls="--", label=f"real training images {floors[-1]:.2f}")
+    axis.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="FID by the features of mnist_cnn",
+             title="MNIST from scratch: FID against wall-clock time")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(frameon=False)
+    with ig.replacing(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+    plt.close(figure)
+
 
 # === records ===
 
@@ -353,6 +411,7 @@ COLUMNS = {  # of the Markdown tables: title, key of the entry, format
     "quality": (("labels", "labels", ""), ("minutes", "minutes", ".1f"), ("steps", "steps", ""),
                 ("learning rate", "schedule", ""), ("sampler", "sampler", ""), ("evaluations", "evaluations", ""),
                 ("samples", "samples", ","), ("FID of mnist_cnn", "fid", ".2f"), ("real", "fid_floor", ".2f"),
+                ("minutes to FID 10", "to_10", ""), ("to 5", "to_5", ""), ("to 2 x real", "to_2_floors", ""),
                 ("IS", "is", ".2f"), ("real", "is_floor", ".2f"), ("drawn images/s", "images_per_second_drawn", ".1f"),
                 ("peak GiB", "peak_gib", ".2f"))}
 
@@ -385,8 +444,9 @@ def provenance() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return {"date": time.strftime("%Y-%m-%d %H:%M"), "versions": versions,
-            "command": " ".join(["python benchmarks/image_gen_peers.py", *words]), "load_average": os.getloadavg()[0]}
+    command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *words])
+    return {"date": time.strftime("%Y-%m-%d %H:%M"), "versions": versions, "command": command,
+            "load_average": os.getloadavg()[0]}
 
 
 def load_results(args: argparse.Namespace) -> dict[str, Any]:
@@ -418,7 +478,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             ("minutes", 10.0, ig.number(float, 0, open_low=True), "quality: wall-clock minutes of training"),
             ("samples", 2000, ig.number(int, 2, 10_000), "quality: images drawn, and test images beside them"),
             ("peer_learning_rate", None, ig.number(float, 0, open_low=True), "quality: instead of the peers' own 1e-4"),
-            ("device", "cpu", ig.device_name, "auto, cpu, cuda, cuda:N"),
+            ("threads", 2, ig.number(int, 1), "of PyTorch"),
+            ("device", "cpu", str, "auto, cpu, cuda, cuda:N"),
             ("data_root", None, Path, "quality: folder with MNIST/raw, instead of downloading to image_gen/data"),
             ("classifier", HERE.parent / "image_gen/pretrained/classifier_mnist.pt", Path, "quality: feature net"),
             ("out", HERE / "results/image_gen_peers.json", Path, "results")):
@@ -441,7 +502,7 @@ def check(args: argparse.Namespace) -> None:
     if args.what == "quality" and not args.classifier.is_file():
         raise ig.UserError(f"no classifier at {args.classifier}: name one with --classifier")
     args.out = args.out.resolve()
-    ig.check_writable(args.out.parent)
+    ig.results_folder(args.out.parent)
     load_results(args)
 
 
@@ -449,6 +510,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         check(args)
+        torch.set_num_threads(args.threads)
         if args.what == "quality" and len(args.only) > 1:  # one process each: own memory, own threads
             words = sys.argv[1:] if argv is None else argv
             codes = (subprocess.call([sys.executable, __file__, *words, "--only", name]) for name in args.only)
@@ -461,6 +523,9 @@ def main(argv: list[str] | None = None) -> int:
         ig.write_json(args.out, results)
         with ig.replacing(args.out.with_suffix(".md")) as part:
             part.write_text(markdown(results))
+        if args.what == "quality":
+            curves = {name: entry for name, entry in results["quality"].items() if "curve" in entry}
+            draw_quality(curves, args.out.with_name(f"{args.out.stem}_quality.png"))
         print(f"{markdown(results)}\n-> {args.out}, {args.out.with_suffix('.md').name}")
         return 0
     except ig.UserError as error:
