@@ -19,13 +19,16 @@ References
     [Karras22] Karras, Aittala, Aila, Laine: Elucidating the Design Space of Diffusion-Based Generative Models, 2022
     [Lu22]     Lu et al.: DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models, 2022
     [Lipman23] Lipman et al.: Flow Matching for Generative Modeling, 2023
+    [Jordan24] Jordan et al.: Muon: An Optimizer for Hidden Layers in Neural Networks, 2024
+    [Song23]   Song, Dhariwal, Chen, Sutskever: Consistency Models, 2023
+    [Geng24]   Geng, Pokle, Luo, Lin, Kolter: Consistency Models Made Easy, 2024
     [Esser24]  Esser et al.: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024
+    [Burda16]  Burda, Grosse, Salakhutdinov: Importance Weighted Autoencoders, 2016
     [Kingma14] Kingma, Welling: Auto-Encoding Variational Bayes, 2014
     [Higgins17] Higgins et al.: beta-VAE: Learning Basic Visual Concepts with a Constrained Variational Framework, 2017
     [Rybkin21] Rybkin, Daniilidis, Levine: Simple and Effective VAE Training with Calibrated Decoders, 2021
     [Theis16]  Theis, van den Oord, Bethge: A Note on the Evaluation of Generative Models, 2016
     [Good14]   Goodfellow et al.: Generative Adversarial Networks, 2014
-    [Radford16] Radford, Metz, Chintala: Unsupervised Representation Learning with DCGANs, 2016
     [Mesch18]  Mescheder, Geiger, Nowozin: Which Training Methods for GANs do actually Converge? (R1, R2), 2018
     [Miyato18] Miyato, Koyama: cGANs with Projection Discriminator, 2018
     [Huang24]  Huang et al.: The GAN is Dead; Long Live the GAN! A Modern GAN Baseline (R3GAN), 2024
@@ -194,19 +197,17 @@ def to_uint8(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Options of every family. Groups `optimisation` and `model` belong to training and are read from the checkpoint
-    afterwards; `sampling` may be changed at any time."""
+    """Options of every family: `sampling` may be changed at any time, the other groups are fixed by training."""
     epochs: int = option(20, "optimisation", "passes over the training set", number(int, 1))
     batch_size: int = option(64, "optimisation", "images per step, over all processes", number(int, 1))
     learning_rate: float = option(1e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
     weight_decay: float = option(0.01, "optimisation", "of AdamW", number(float, 0))
     warmup_steps: int = option(200, "optimisation", "steps of linear warm-up", number(int, 0))
-    decay_fraction: float = option(0.6, "optimisation", "last part of the run, over which the rate falls linearly to 0",
-                                   number(float, 0, 1))
-    ema_decay: float = option(0.999, "optimisation", "of the exponential moving average of the weights",
-                              number(float, 0, 0.999999))
+    decay_fraction: float = option(0.6, "optimisation", "last share of the run: the rate falls", number(float, 0, 1))
+    ema_decay: float = option(0.999, "optimisation", "of the average of the weights", number(float, 0, 0.999999))
     grad_clip: float = option(1.0, "optimisation", "largest norm of a gradient", number(float, 0, open_low=True))
     save_every: int = option(500, "optimisation", "steps between checkpoints inside an epoch", number(int, 1))
+    flip: str = option("auto", "optimisation", "mirror images at random; auto: CIFAR", choices=("auto", "on", "off"))
     seed: int = option(0, "run", "seed of everything random", number(int, 0, 2 ** 63 - 1))
 
     def rate(self, step: int, total: int) -> float:
@@ -226,6 +227,7 @@ class Family(nn.Module, abc.ABC):
     held_out_count = 1000  # held-out examples that are looked at after each epoch
     betas = (0.9, 0.99)  # AdamW's memory of gradients and of their squares
     fixed: dict[str, tuple] = {}  # options that are gone, and the values that a file which has them may hold
+    older: dict[str, Any] = {}  # options that are new, and what a file without them means
 
     def __init__(self, config: Any, data: DataInfo) -> None:
         super().__init__()
@@ -285,6 +287,10 @@ class ImageModel(Family):
         """Draw images [B C H W] in [-1, 1], one for each item of `noise`."""
         raise UserError(f"a {type(self).__name__} draws no images: use --model {' or '.join(SUBJECT.preferred)}", 2)
 
+    def more_figures(self, images: Images, device: torch.device) -> dict[str, dict[str, Any]]:
+        """What only --mode evaluate asks, as entries of evaluation.json."""
+        return {}
+
 
 # === classifier ===
 # The judge before the artists: the simplest family, and the one through whose eyes the others are measured.
@@ -303,9 +309,8 @@ class ClassifierConfig(RunConfig):
 
 
 class Classifier(ImageModel):
-    """A small convolutional classifier. Its last hidden layer is the feature space of `fid_<dataset>_cnn` and the
-    other metrics that carry `_cnn` in their name. Group norm and no dropout: the same losses on any number of
-    processes."""
+    """Its last hidden layer is the feature space of `fid_<dataset>_cnn` and the other metrics that carry `_cnn` in
+    their name. Group norm and no dropout: the same losses on any number of processes."""
     config_class = ClassifierConfig
     results_folder = "classifier"
     can_sample = False
@@ -366,6 +371,8 @@ class Classifier(ImageModel):
 # === diffusion ===
 
 TIMESTEPS = 1000
+SETTLED = 0.94  # 8 grey levels from black or white
+HUBER = 0.03  # where the consistency loss turns from squared to absolute
 
 
 class PositionalEncoding(nn.Module):
@@ -414,9 +421,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = max(1, channels // 48)
-        while channels % self.heads:
-            self.heads -= 1
+        self.heads = next(heads for heads in range(max(1, channels // 48), 0, -1) if channels % heads == 0)
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zeroed(nn.Conv2d(channels, channels, 1))
@@ -429,6 +434,48 @@ class SelfAttention(nn.Module):
         return x + self.out(mixed.transpose(-1, -2).reshape(b, c, h, w))
 
 
+class Muon(torch.optim.AdamW):
+    """AdamW, but the weights in `matrices` (convolutions and linear layers, flattened to 2-D) move by their
+    orthogonalised momentum [Jordan24]. torch.optim.Muon has no AdamW beside it and takes 2-D parameters only."""
+
+    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], rate: float, **adamw: Any) -> None:
+        super().__init__([{"params": others}], **adamw)
+        self.add_param_group({"params": matrices, "lr": rate, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        group, alike = self.param_groups[1], {}  # matrices of one shape are multiplied at once
+        for p in (p for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            if not state:
+                state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            nesterov, p.grad = p.grad.lerp(state["momentum"], group["momentum"]), None  # so that AdamW skips it
+            alike.setdefault(p.flatten(1).shape, []).append((p, nesterov))
+        for (rows, columns), pairs in alike.items():
+            # channels_last: the 2-D form in this order is a view; the order of columns means nothing to Muon
+            moves = orthogonal(torch.stack([self._flat(gradient) for _, gradient in pairs])).float()
+            for (p, _), move in zip(pairs, moves, strict=True):
+                self._flat(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(
+                    move, alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
+        return super().step(closure)
+
+    @staticmethod
+    def _flat(p: Tensor) -> Tensor:
+        return p.permute(0, 2, 3, 1).reshape(len(p), -1) if p.ndim == 4 else p
+
+
+def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
+    """[N R C] -> roughly the nearest semi-orthogonal matrices: Newton-Schulz in bfloat16 ([Jordan24])."""
+    tall = x.shape[1] > x.shape[2]
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
 class NoiseSchedule:
     """x_t = alpha_t * image + sigma_t * noise for t = 0..1000 (float64 [1001]): the straight line from image to noise
     of [Lipman23], but for a trace of signal (alpha = 0.001) that keeps sigma / alpha finite at its end."""
@@ -437,7 +484,7 @@ class NoiseSchedule:
         t = torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS
         self.alphas, self.sigmas = 1 - 0.999 * t, 0.999 * t
 
-    def times(self, steps: int, sigma_max: float = 80.0, sigma_min: float = 0.02, rho: float = 7.0) -> list[int]:
+    def times(self, steps: int, sigma_max: float = 80.0, sigma_min: float = 0.1, rho: float = 7.0) -> list[int]:
         """Decreasing timesteps, the last one above 0: evenly spaced in (sigma/alpha)^(1/rho) as in [Karras22] eq. 5,
         rounded to the grid; fewer than `steps` where rounding makes two of them meet."""
         ratio = self.sigmas / self.alphas
@@ -447,12 +494,13 @@ class NoiseSchedule:
         return sorted(set(grid.tolist()), reverse=True)
 
 
-# A sampler is a pure function of (denoise, x, times, schedule): `denoise(x, t)` estimates the clean image [B C H W]
-# from x at timestep t, `x` is x_t at the first of `times`, which decrease and are followed by t = 0.
+# A sampler is a pure function of (denoise, x, times, schedule, noise): `denoise(x, t)` estimates the clean image
+# [B C H W] from x at timestep t, `x` is x_t at the first of `times`, which decrease and are followed by t = 0.
 Denoiser = Callable[[Tensor, int], Tensor]
 
 
-def sample_ddim(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule) -> Tensor:
+def sample_ddim(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule,
+                _noise: Noise | None = None) -> Tensor:
     """Deterministic: keep the predicted noise, change its amount ([Song21] eq. 12 with zero variance)."""
     for t, s in zip(times, [*times[1:], 0], strict=True):
         (alpha_t, alpha_s), (sigma_t, sigma_s) = schedule.alphas[[t, s]].tolist(), schedule.sigmas[[t, s]].tolist()
@@ -461,22 +509,8 @@ def sample_ddim(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: No
     return x
 
 
-def sample_heun(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule) -> Tensor:
-    """Second order: a DDIM step corrected by the noise predicted at its end ([Karras22] algorithm 1, no churn).
-    Takes two evaluations a step, one for the last."""
-    for t, s in zip(times, [*times[1:], 0], strict=True):
-        (alpha_t, alpha_s), (sigma_t, sigma_s) = schedule.alphas[[t, s]].tolist(), schedule.sigmas[[t, s]].tolist()
-        image = denoise(x, t)
-        direction = (x - alpha_t * image) / sigma_t
-        x_next = alpha_s * image + sigma_s * direction
-        if s:
-            change = (x_next - alpha_s * denoise(x_next, s)) / sigma_s - direction
-            x_next = x_next + 0.5 * (sigma_s - alpha_s / alpha_t * sigma_t) * change
-        x = x_next
-    return x
-
-
-def sample_dpm(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule) -> Tensor:
+def sample_dpm(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule,
+               _noise: Noise | None = None) -> Tensor:
     """DPM-Solver++(2M): second order from one evaluation a step, by the denoised image of the step before
     ([Lu22] algorithm 2); the first and the last step are of first order."""
     logsnr = (schedule.alphas / schedule.sigmas.clamp(min=1e-12)).log()
@@ -484,10 +518,8 @@ def sample_dpm(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: Noi
     for t, s in zip(times, [*times[1:], 0], strict=True):
         alpha_s, sigma_t, sigma_s = (v.item() for v in (schedule.alphas[s], schedule.sigmas[t], schedule.sigmas[s]))
         h = (logsnr[s] - logsnr[t]).item()
-        image = denoise(x, t)
-        if previous is None or s == 0:
-            estimate = image
-        else:
+        image = estimate = denoise(x, t)
+        if previous is not None and s:
             ratio = h / (2 * previous_h)
             estimate = (1 + ratio) * image - ratio * previous
         x = sigma_s / sigma_t * x - alpha_s * math.expm1(-h) * estimate
@@ -495,27 +527,64 @@ def sample_dpm(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: Noi
     return x
 
 
-SAMPLERS = {"ddim": sample_ddim, "heun": sample_heun, "dpm++": sample_dpm}
+def sample_consistency(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule,
+                       noise: Noise) -> Tensor:
+    """Estimate the image, add fresh noise of the next level, and again ([Song23] algorithm 1)."""
+    for t, s in zip(times, [*times[1:], 0], strict=True):
+        x = denoise(x, t)
+        if s:
+            x = schedule.alphas[s].item() * x + schedule.sigmas[s].item() * noise.normal(*x.shape[1:])
+    return x
+
+
+SAMPLERS = {"ddim": sample_ddim, "dpm++": sample_dpm, "consistency": sample_consistency}
+
+
+DIFFUSION_RECIPES = {  # what suits each objective, where the user does not say
+    "flow": {"epochs": 3, "learning_rate": 1e-3, "muon_rate": 0.02, "weight_decay": 0.01, "warmup_steps": 100,
+             "decay_fraction": 0.6, "ema_decay": 0.999, "sampler": "dpm++", "steps": 8},
+    "consistency": {"epochs": 1, "learning_rate": 5e-4, "muon_rate": 0.005, "weight_decay": 0.0, "warmup_steps": 20,
+                    "decay_fraction": 1.0, "ema_decay": 0.99, "sampler": "consistency", "steps": 2},
+}
 
 
 @dataclass(frozen=True)
 class DiffusionConfig(RunConfig):
+    objective: str = option("flow", "model", "flow [Lipman23], or consistency: few steps, learned from --init [Song23]",
+                            choices=tuple(DIFFUSION_RECIPES))
+    init: str | None = option(None, "model", "checkpoint of a diffusion model to start from", str)
+    epochs: int | None = option(None, "optimisation", "passes over the set (default 3, consistency 1)", number(int, 1))
+    learning_rate: float | None = option(None, "optimisation", "peak rate of AdamW, for embeddings, norms, first and "
+                                         "last layer (default: 0.001, consistency 0.0005)",
+                                         number(float, 0, open_low=True))
+    muon_rate: float | None = option(None, "optimisation", "peak rate of Muon [Jordan24], for all other layers "
+                                     "(default: 0.02, consistency 0.005); 0: AdamW for all", number(float, 0))
+    weight_decay: float | None = option(None, "optimisation", "of both (default 0.01, consistency 0)", number(float, 0))
+    warmup_steps: int | None = option(None, "optimisation", "steps of warm-up (100, consistency 20)", number(int, 0))
+    decay_fraction: float | None = option(None, "optimisation", "last share of the run: the rate falls to 0 (default: "
+                                          "0.6, consistency 1)", number(float, 0, 1))
+    ema_decay: float | None = option(None, "optimisation", "of the average of the weights (default: 0.999, "
+                                     "consistency 0.99)", number(float, 0, 0.999999))
     channels: int = option(80, "model", "width at the highest resolution, a multiple of 16", number(int, 16, 1024))
     levels: int = option(2, "model", "resolutions; the width doubles at each", number(int, 1, 5))
     blocks: int = option(2, "model", "residual blocks per level, each way", number(int, 1, 16))
-    label_dropout: float = option(0.1, "model", "share of training images whose label is hidden, for guidance",
-                                  number(float, 0, 1))
-    sampler: str = option("dpm++", "sampling", "ddim, heun or dpm++ (2M)", choices=tuple(SAMPLERS))
-    steps: int = option(20, "sampling", "sampling steps", number(int, 1, TIMESTEPS))
-    guidance: float = option(1.25, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none and costs nothing, "
-                             "other values double the work", number(float, 0, 100))
+    label_dropout: float = option(0.1, "model", "share of labels that are hidden, for guidance", number(float, 0, 1))
+    sampler: str | None = option(None, "sampling", "ddim, dpm++ (2M) or consistency (default: as the objective needs: "
+                                 "dpm++, consistency)", choices=tuple(SAMPLERS))
+    steps: int | None = option(None, "sampling", "default: 8, consistency 2", number(int, 1, TIMESTEPS))
+    guidance: float = option(1.0, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none, other values "
+                             "double the work", number(float, 0, 100))
 
     def __post_init__(self) -> None:
+        if self.objective not in DIFFUSION_RECIPES:
+            raise UserError(f"--objective {self.objective} is no more: use the version of the script that knew it")
         if self.channels % 16:
             raise UserError(f"--channels {self.channels}: must be a multiple of 16", 2)
-        if self.steps is None or self.sampler == "ddpm":  # so do older files say; ddpm is no more
-            object.__setattr__(self, "steps", self.steps or 20)  # the way to set a field of a frozen dataclass
-            object.__setattr__(self, "sampler", "dpm++" if self.sampler == "ddpm" else self.sampler)
+        for name, value in DIFFUSION_RECIPES[self.objective].items():
+            if getattr(self, name) in (None, "ddpm", "heun"):  # ddpm, heun: in older files
+                object.__setattr__(self, name, value)  # the way to set a field of a frozen dataclass while it is made
+        if (self.sampler == "consistency") != (self.objective == "consistency"):
+            raise UserError(f"--sampler {self.sampler} does not draw from a model of --objective {self.objective}", 2)
 
 
 class DiffusionModel(ImageModel):
@@ -525,7 +594,8 @@ class DiffusionModel(ImageModel):
     several times faster. Deviations from [Ho20]: that door; attention at the lowest level only; no dropout.
     """
     config_class = DiffusionConfig
-    fixed = {"objective": ("flow",), "schedule": (None, "straight")}
+    fixed = {"schedule": (None, "straight")}
+    older = {"muon_rate": 0.0}
 
     def __init__(self, config: DiffusionConfig, data: DataInfo) -> None:
         super().__init__(config, data)
@@ -574,15 +644,72 @@ class DiffusionModel(ImageModel):
                 h = block(torch.cat([h, skips.pop()], 1), embedding)
         return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)
 
+    def optimizer(self, player: nn.Module) -> torch.optim.Optimizer:
+        """Muon for what lies between the first and the last layer."""
+        if not self.config.muon_rate:
+            return super().optimizer(player)
+        inner = {name for name, p in self.named_parameters()
+                 if p.ndim > 1 and not name.startswith(("enter", "leave", "label"))}
+        matrices, others = ([p for name, p in self.named_parameters() if (name in inner) is kind]
+                            for kind in (True, False))
+        return Muon(matrices, others, self.config.muon_rate, lr=self.config.learning_rate, betas=self.betas,
+                    weight_decay=self.config.weight_decay, fused=self.alphas.device.type != "mps")
+
+    def prepare(self, data: Any, device: torch.device) -> None:
+        """Start from the averaged weights of --init."""
+        if self.config.init:
+            self.load_state_dict(self.teacher().state_dict())
+        elif self.config.objective == "consistency":
+            raise UserError("--objective consistency tunes a trained diffusion model: name its file with --init", 2)
+
+    def teacher(self) -> DiffusionModel:
+        """The frozen model in --init, read when it is needed first; no part of the checkpoint."""
+        if not self.__dict__.get("frozen"):
+
+            def about(model: Family, objective: str) -> str:
+                size = " ".join(f"--{n} {getattr(model.config, n, '-')}" for n in ("channels", "levels", "blocks"))
+                return (f"{family_name(type(model))} model, --objective {objective} {size}, of {model.data.title}, "
+                        f"{model.data.image_size} pixels, classes {', '.join(model.data.classes)[:60]}")
+
+            model = restore_model(load_checkpoint(Path(self.config.init)))
+            held, needed = about(model, getattr(model.config, "objective", "-")), about(self, "flow")
+            if held != needed:
+                raise UserError(f"--init {self.config.init} holds a {held}, needed is a {needed}: name another", 2)
+            model.precision = self.precision
+            self.__dict__["frozen"] = [model.to(self.alphas.device).eval().requires_grad_(False)]  # no sub-module
+        return self.frozen[0]
+
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Mean squared error of the predicted flow ([Lipman23] eq. 23) at random times."""
-        times = self.visited_times(batch.draw.uniform())
+        """Mean squared error of the predicted flow ([Lipman23] eq. 23) at random times; or `consistency_loss`."""
         hidden = batch.draw.uniform() < self.config.label_dropout
         labels = batch.labels.masked_fill(hidden, self.classes) if self.classes else torch.zeros_like(batch.labels)
+        if self.config.objective == "consistency":
+            yield "model", self.consistency_loss(batch, labels), {}
+            return
+        times = self.visited_times(batch.draw.uniform())
         x, flow = self.noisy(batch, times)
         with self.cast():
             prediction = self(x, times, labels)
         yield "model", F.mse_loss(prediction.float(), flow), {}
+
+    def consistency_loss(self, batch: Batch, labels: Tensor) -> Tensor:
+        """The network's flow becomes the mean one from t down to 0 ([Song23]; the gap shrinks over the run, [Geng24]):
+        the teacher steps from t to r, whence the network's own estimate, held fixed, is the target. Pseudo-Huber."""
+        times = ((1.6 * batch.draw.normal() + 0.4).sigmoid() * TIMESTEPS).round().clamp(3, TIMESTEPS)
+        times = times.masked_fill(times > 997, TIMESTEPS).long()
+        gap = 0.5 * 0.25 ** batch.progress  # share of the way: from a half to an eighth
+        earlier = (times * (1 - gap)).round().long()
+        earlier = earlier.masked_fill(earlier < 2, 0)
+        x, _ = self.noisy(batch, times)
+        sigma, rest = (self.sigmas[t][:, None, None, None] for t in (times, earlier))
+        with torch.no_grad(), self.cast():
+            flow = self.teacher()(x, times, labels).float()
+            onward = self(x - (sigma - rest) * flow, earlier.clamp(min=1), labels).float()
+        with self.cast():
+            prediction = self(x, times, labels).float()
+        target = flow + rest / sigma * (onward - flow)
+        errors = (prediction - target).square().flatten(1).mean(1)
+        return ((errors + HUBER ** 2).sqrt() - HUBER).mean()
 
     def visited_times(self, share: Tensor) -> Tensor:
         """Timesteps 1..1000 at the given quantiles (0..1) of the logit-normal distribution that training visits: more
@@ -598,6 +725,8 @@ class DiffusionModel(ImageModel):
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
         """Held-out loss over the times that training visits, also by quarter of them (0: cleanest, 3: noisiest)."""
+        if self.config.objective == "consistency":
+            return {}
         times = self.visited_times((torch.arange(len(batch.images), device=batch.images.device) + 0.5)
                                    / len(batch.images))
         x, flow = self.noisy(batch, times)
@@ -628,11 +757,18 @@ class DiffusionModel(ImageModel):
 
         return denoise
 
+    def times(self) -> list[int]:
+        """The timesteps at which sampling looks; few steps spread evenly from the last (measured: RESULTS.md)."""
+        if self.config.sampler != "consistency":
+            return self.noise_schedule.times(self.config.steps)
+        end = {1: 1000, 2: 700, 3: 450}.get(self.config.steps, 300)
+        return torch.linspace(TIMESTEPS, end, self.config.steps).round().int().unique().flip(0).tolist()
+
     @torch.no_grad()
     def sample(self, labels: Tensor | None, noise: Noise,
                watch: Callable[[int, Tensor, Tensor], None] = lambda *_: None) -> Tensor:
         """`watch` is told of each look that the sampler takes: t, x_t and the estimate of the image, [B C H W]."""
-        times, size = self.noise_schedule.times(self.config.steps), self.data.image_size
+        times, size = self.times(), self.data.image_size
         denoise = self.denoiser(labels, len(noise))
 
         def watched(x: Tensor, t: int) -> Tensor:
@@ -643,14 +779,15 @@ class DiffusionModel(ImageModel):
         # x_t but for its trace of signal (alpha is about 0.01); on the straight path sigma is 0.988 there, not 1
         x = self.noise_schedule.sigmas[times[0]].item() * noise.normal(self.data.channels, size, size)
         with self.cast():
-            return SAMPLERS[self.config.sampler](watched, x, times, self.noise_schedule)
+            x = SAMPLERS[self.config.sampler](watched, x, times, self.noise_schedule, noise)
+        # a grey pixel that is black but for a trace is a mean over images in which it is black: likeliest it is
+        return torch.where(x.abs() > SETTLED, x.sign(), x) if self.data.channels == 1 else x
 
     def describe_sampling(self) -> dict[str, Any]:
-        steps = len(self.noise_schedule.times(self.config.steps))
+        steps = len(self.times())
         guided = self.classes > 0 and self.config.guidance != 1
-        evaluations = (2 * steps - 1 if self.config.sampler == "heun" else steps) * (1 + guided)
         return {"sampler": self.config.sampler, "steps": steps, "guidance": self.config.guidance,
-                "network_evaluations": evaluations}
+                "network_evaluations": steps * (1 + guided)}
 
 
 # === convolutions between image and code ===
@@ -677,7 +814,7 @@ def convolved(channels: int, convs: int, norm: Callable[[int], nn.Module], activ
 
 def downward(widths: Sequence[int], convs: int, norm: Callable[[int], nn.Module],
              activation: nn.Module) -> nn.Sequential:
-    """Image -> coarsest feature map by 4x4 convolutions of stride 2; no norm after the first ([Radford16])."""
+    """Image -> coarsest feature map by 4x4 convolutions of stride 2; no norm after the first."""
     return nn.Sequential(*(layer for i, (a, b) in enumerate(itertools.pairwise(reversed(widths))) for layer in (
         nn.Conv2d(a, b, 4, stride=2, padding=1), norm(b) if i else nn.Identity(), activation,
         *convolved(b, convs, norm, activation))))
@@ -695,22 +832,24 @@ def upward(widths: Sequence[int], convs: int, norm: Callable[[int], nn.Module], 
 
 @dataclass(frozen=True)
 class VaeConfig(RunConfig):
-    likelihood: str | None = option(None, "model", "of pixels given the code: bernoulli (images are binarised at "
-                                    "random anew in each step), or gaussian of the variance that suits the errors best "
-                                    "[Rybkin21] (default: bernoulli for grey images, gaussian for colour)",
+    prior: str = option("flow", "model", "of the codes that are drawn: flow, learned beside the VAE and for each class "
+                        "where there are classes [Lipman23], or normal", choices=("flow", "normal"))
+    likelihood: str | None = option(None, "model", "of pixels given the code: bernoulli (binarised at random in each "
+                                    "step; default of grey images) or gaussian (of the best variance [Rybkin21])",
                                     choices=("bernoulli", "gaussian"))
     latent_dim: int = option(32, "model", "numbers in the code that an image is made from", number(int, 1, 4096))
-    beta: float = option(1.0, "model", "weight of the KL divergence [Higgins17]; 1 is the evidence lower bound",
-                         number(float, 0, 1e6))
-    network: str = option("conv", "model", "conv (convolutions) or mlp (fully connected layers, 8 times --width wide, "
-                          "with --convs residual blocks: faster, for small grey images)", choices=("conv", "mlp"))
+    beta: float = option(1.0, "model", "weight of the KL divergence [Higgins17]; 1: the ELBO", number(float, 0, 1e6))
     width: int = option(64, "model", "channels of the first convolutions, a multiple of 8", number(int, 8, 1024))
-    convs: int = option(1, "model", "3x3 convolutions at each resolution, beside the 4x4 ones that change it",
-                        number(int, 0, 16))
+    convs: int = option(1, "model", "3x3 convolutions at each resolution, beside the 4x4", number(int, 0, 16))
+
+    def __post_init__(self) -> None:
+        if self.prior == "flow" and self.latent_dim < 2:
+            raise UserError("--prior flow needs codes of 2 numbers or more: give --prior normal or a larger "
+                            "--latent_dim", 2)
 
 
 class ResidualLinear(nn.Module):
-    """x + f(x) with a hidden layer, for the fully connected VAE."""
+    """x + f(x) with a hidden layer."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -721,43 +860,68 @@ class ResidualLinear(nn.Module):
         return x + self.second(F.silu(self.first(self.norm(x))))
 
 
+class CodePrior(nn.Module):
+    """A learned prior of codes: a flow [Lipman23] along cos(a) z + sin(a) noise, a from a quarter turn down to 0, whose
+    velocity cos(a) noise - sin(a) z has mean 0 everywhere for codes from N(0, 1): untrained, it is that prior."""
+
+    def __init__(self, dims: int, classes: int, width: int = 384, blocks: int = 3) -> None:
+        super().__init__()
+        self.classes, self.angle = classes, PositionalEncoding(64)
+        self.layers = nn.Sequential(
+            nn.Linear(dims + 64 + classes, width), *(ResidualLinear(width) for _ in range(blocks)), nn.LayerNorm(width),
+            nn.SiLU(), zeroed(nn.Linear(width, dims)))
+
+    def forward(self, z: Tensor, share: Tensor, labels: Tensor | None) -> Tensor:
+        """z [B Z], share [B] of the quarter turn, labels [B] -> velocity [B Z]"""
+        label = [F.one_hot(labels, self.classes).to(z)] if self.classes else []
+        return self.layers(torch.cat([z, self.angle(1000 * share), *label], 1))
+
+    def loss(self, z: Tensor, labels: Tensor, draw: Draw) -> Tensor:
+        share, noise = draw.uniform(), draw.normal(z.shape[1])
+        cos, sin = (f(share[:, None] * (math.pi / 2)) for f in (torch.cos, torch.sin))
+        return F.mse_loss(self(cos * z + sin * noise, share, labels), cos * noise - sin * z)
+
+    def draw(self, z: Tensor, labels: Tensor | None, steps: int = 10) -> Tensor:
+        """Codes from noise z [B Z]: Adams-Bashforth of second order, one evaluation a step."""
+        last = None
+        for i in range(steps):
+            slope = self(z, z.new_full((len(z),), 1 - i / steps), labels)
+            z, last = z - math.pi / 2 / steps * (slope if last is None else 1.5 * slope - 0.5 * last), slope
+        return z
+
+
 class VaeModel(ImageModel):
-    """A variational autoencoder ([Kingma14]): q(z|x) and p(x|z) are networks, the prior is N(0, 1).
+    """A variational autoencoder ([Kingma14]): q(z|x) and p(x|z) are networks. The ELBO is that of the prior N(0, 1);
+    codes to draw from come from a model of what q(z|x) leaves of it (`CodePrior`).
 
     What it draws is the mean of p(x|z), without the pixel noise of the likelihood."""
     config_class = VaeConfig
+    fixed = {"network": ("conv",)}
+    older = {"prior": "normal"}
     results_folder = "vae"
-    labelled = False
     measures_held_out, held_out_count = True, 10_000
 
     def __init__(self, config: VaeConfig, data: DataInfo) -> None:
         super().__init__(config, data)
         self.bernoulli = (config.likelihood or ("gaussian", "bernoulli")[data.channels == 1]) == "bernoulli"
         self.pixels = data.channels * data.image_size ** 2
-        self.encoder, self.decoder = (self._mlp if config.network == "mlp" else self._convolutions)(config, data)
-        self.register_buffer("variance", torch.ones(()))  # of the Gaussian, for data that training does not see
-
-    def _convolutions(self, config: VaeConfig, data: DataInfo) -> tuple[nn.Module, nn.Module]:
         side, widths = pyramid(data, config.width)
         cells = widths[0] * side * side
 
         def norm(channels: int) -> nn.Module:
             return nn.GroupNorm(math.gcd(8, channels), channels)
 
-        return (nn.Sequential(downward(widths, config.convs, norm, nn.SiLU()), nn.Flatten(),
-                              nn.Linear(cells, 2 * config.latent_dim)),
-                nn.Sequential(nn.Linear(config.latent_dim, cells), nn.Unflatten(1, (widths[0], side, side)),
-                              upward(widths, config.convs, norm, nn.SiLU())))
+        self.encoder = nn.Sequential(downward(widths, config.convs, norm, nn.SiLU()), nn.Flatten(),
+                                     nn.Linear(cells, 2 * config.latent_dim))
+        self.decoder = nn.Sequential(nn.Linear(config.latent_dim, cells), nn.Unflatten(1, (widths[0], side, side)),
+                                     upward(widths, config.convs, norm, nn.SiLU()))
+        self.register_buffer("variance", torch.ones(()))  # of the Gaussian, for data that training does not see
+        self.labelled = self.labelled and config.prior == "flow"
+        self.prior = CodePrior(config.latent_dim, len(data.classes) * self.labelled) if config.prior == "flow" else None
 
-    def _mlp(self, config: VaeConfig, data: DataInfo) -> tuple[nn.Module, nn.Module]:
-        width, size = 8 * config.width, data.image_size
-
-        def layers(inputs: int, outputs: int) -> list[nn.Module]:
-            return [nn.Linear(inputs, width), *(ResidualLinear(width) for _ in range(config.convs)),
-                    nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, outputs)]
-
-        return (nn.Sequential(nn.Flatten(), *layers(self.pixels, 2 * config.latent_dim)),
-                nn.Sequential(*layers(config.latent_dim, self.pixels), nn.Unflatten(1, (data.channels, size, size))))
+    def players(self) -> dict[str, nn.Module]:
+        both = {"model": nn.ModuleList([self.encoder, self.decoder])}
+        return both if self.prior is None else both | {"prior": self.prior}
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B C H W] in [-1, 1] -> mean and log variance of q(z|x), [B D] each"""
@@ -779,31 +943,50 @@ class VaeModel(ImageModel):
         return self.decode(self.encode(x)[0])
 
     def bound(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Both parts of the negative ELBO in nats, [B] each: -log p(x|z) at one z, and KL(q(z|x) || p(z)); and the
-        variance of the Gaussian. For 8-bit images the density is taken at a point drawn inside the level's bin and
+        """Both parts of the negative ELBO in nats, [B] each: -log p(x|z) at one z, and KL(q(z|x) || p(z)); and that z.
+        For 8-bit images the density is taken at a point drawn inside the level's bin and
         multiplied by the bin's width: a bound on the probability of the levels ([Theis16])."""
         share = batch.draw.uniform(*batch.images.shape[1:])
         x = (share < (batch.images + 1) / 2).float() * 2 - 1 if self.bernoulli else batch.images + (share - 0.5) / 127.5
         noise = batch.draw.normal(self.config.latent_dim)
         mean, log_variance = self.encode(x)
-        pixels = self.pixels_given(mean + noise * (log_variance / 2).exp())
+        z = mean + noise * (log_variance / 2).exp()
+        pixels = self.pixels_given(z)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
         if self.bernoulli:
             errors = F.binary_cross_entropy_with_logits(pixels, (x + 1) / 2, reduction="none")
-            return errors.flatten(1).sum(1), kl, self.variance
+            return errors.flatten(1).sum(1), kl, z
         errors = (pixels - x).square().flatten(1).sum(1)
-        # of the batch at hand: the gradient is that of pixels/2 * log(mean error), the bound at the best variance
-        variance = over_processes(errors.detach().mean()) / self.pixels if self.training else self.variance
+        variance = self.variance
+        if self.training:  # of the batch: the gradient is that of pixels/2 * log(mean error), the best variance's bound
+            variance = over_processes(errors.detach().mean()) / self.pixels
+            self.variance.lerp_(variance, 0.05)
         nats = errors / (2 * variance) + self.pixels * (0.5 * (2 * math.pi * variance).log() + math.log(127.5))
-        return nats, kl, variance
+        return nats, kl, z
 
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """The negative ELBO, its KL weighted by beta, in bits per dimension."""
-        error, kl, variance = self.bound(batch)
-        with torch.no_grad():
-            self.variance.lerp_(variance, 0.05)
+        """The negative ELBO, its KL weighted by beta, in bits per dimension; then the prior's, of the same codes."""
+        error, kl, z = self.bound(batch)
         yield "model", (error + self.config.beta * kl).mean() / (self.pixels * math.log(2)), {
             "kl": kl.detach().mean(), "reconstruction": error.detach().mean()}
+        if self.prior is not None:
+            loss = self.prior.loss(z.detach(), batch.labels, batch.draw)
+            yield "prior", loss, {"prior_loss": loss.detach()}
+
+    @torch.no_grad()
+    def nll(self, batch: Batch, codes: int = 1000, at_once: int = 50) -> Tensor:
+        """-log p(x) of images binarised at random, in nats [B], with the prior N(0, 1): bounded from above by `codes`
+        importance-weighted codes ([Burda16])."""
+        x = (batch.draw.uniform(*batch.images.shape[1:]) < (batch.images + 1) / 2).float()
+        mean, log_variance = self.encode(x * 2 - 1)
+        weights = []
+        for _ in range(codes // at_once):
+            noise = batch.draw.normal(at_once, self.config.latent_dim)  # [B A Z]
+            z = mean[:, None] + noise * (log_variance[:, None] / 2).exp()
+            logits = self.pixels_given(z.flatten(0, 1)).view(len(x), at_once, -1)
+            likelihood = (logits * x.flatten(1)[:, None] - F.softplus(logits)).sum(2)
+            weights.append(likelihood + 0.5 * (noise.square() - z.square() + log_variance[:, None]).sum(2))
+        return math.log(codes) - torch.cat(weights, 1).logsumexp(1)
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
@@ -813,9 +996,24 @@ class VaeModel(ImageModel):
         bits = nats / (self.pixels * math.log(2))
         return {"val_loss": bits, "val_elbo": -nats, "val_bits_per_dim": bits, "val_kl": kl.mean().item()}
 
+    def more_figures(self, images: Images, device: torch.device) -> dict[str, dict[str, Any]]:
+        if not self.bernoulli:
+            return {}
+        rows, codes = some_rows(images.test, 500), 1000
+        nats = torch.cat([self.nll(Batch(to_float(images.test[part].to(device)), images.test_labels[part].to(device),
+                                         Draw(0, i, len(part), slice(None), device)), codes)
+                          for i, part in enumerate(rows.split(20))])
+        return {"iw_nll_nats": {"value": nats.mean().item(), "standard_error": (nats.std() / len(nats) ** 0.5).item(),
+                                "n": len(rows), "codes": codes, "reference": "test, binarised at random"}}
+
+    def warnings(self, figures: dict[str, Any]) -> list[str]:
+        return [f"the codes carry next to nothing (KL {figures['val_kl']:.2g} nats), all images come out alike: lower "
+                "--beta or --learning_rate"] * (figures["val_kl"] < 1)
+
     @torch.no_grad()
     def sample(self, labels: Tensor | None, noise: Noise) -> Tensor:
-        return self.decode(noise.normal(self.config.latent_dim))
+        z = noise.normal(self.config.latent_dim)
+        return self.decode(z if self.prior is None else self.prior.draw(z, labels))
 
 
 def over_processes(mean: Tensor) -> Tensor:
@@ -829,55 +1027,28 @@ def over_processes(mean: Tensor) -> Tensor:
 # === GAN ===
 
 
-GAN_RECIPES = {  # what suits each loss; the rate and the penalty are the user's to change
-    "dcgan": {"learning_rate": 1e-3, "penalty": 0.0, "betas": (0.5, 0.999)},
-    "relativistic": {"learning_rate": 5e-4, "penalty": 0.1, "betas": (0.0, 0.99)},
-}
-
-
 @dataclass(frozen=True)
 class GanConfig(RunConfig):
-    learning_rate: float | None = option(None, "optimisation", "peak rate of AdamW (default: 0.0005, with --gan_loss "
-                                         "dcgan 0.001)", number(float, 0, open_low=True))
+    learning_rate: float = option(5e-4, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
     weight_decay: float = option(0.0, "optimisation", "of AdamW", number(float, 0))
     grad_clip: float = option(10.0, "optimisation", "largest norm of a gradient", number(float, 0, open_low=True))
-    gan_loss: str = option("relativistic", "model", "relativistic (pairs of real and drawn, penalties instead of norms "
-                           "in the discriminator [Huang24]) or dcgan (non-saturating [Radford16])",
-                           choices=tuple(GAN_RECIPES))
-    conditional: bool = option(True, "model", "show the class, where the data has classes, to both networks: better by "
-                               "far, and --label works")
-    penalty: float | None = option(None, "model", "weight of the relativistic loss's gradient penalties (default: 0.1)",
-                                   number(float, 0, 1e6))
+    conditional: bool = option(True, "model", "show the class to both networks: better by far, and --label works")
+    penalty: float = option(0.1, "model", "weight of the gradient penalties", number(float, 0, 1e6))
     latent_dim: int = option(100, "model", "numbers in the code that an image is made from", number(int, 1, 4096))
     width: int = option(64, "model", "channels of the first convolutions, a multiple of 8", number(int, 8, 1024))
-    convs: int = option(1, "model", "3x3 convolutions at each resolution, beside the 4x4 ones that change it",
-                        number(int, 0, 16))
-
-    def __post_init__(self) -> None:
-        if self.gan_loss == "dcgan" and self.penalty:
-            raise UserError("--penalty belongs to --gan_loss relativistic, not to dcgan", 2)
-        for name in ("learning_rate", "penalty"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, GAN_RECIPES[self.gan_loss][name])
+    convs: int = option(1, "model", "3x3 convolutions at each resolution, beside the 4x4", number(int, 0, 16))
 
 
-class BatchNorm(nn.Module):
+def batch_norm(channels: int) -> nn.Module:
     """Deviation: under torchrun each process normalises by its own rows, so that a network with batch norm learns a
     little otherwise on another number of processes."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(1 + 0.02 * torch.randn(channels))  # [Radford16]
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+    norm = nn.BatchNorm2d(channels)
+    nn.init.normal_(norm.weight, 1, 0.02)
+    return norm
 
 
 class Generator(nn.Module):
-    """Noise (and class) -> image, by strided transposed convolutions ([Radford16])."""
+    """Noise (and class) -> image, by strided transposed convolutions."""
 
     def __init__(self, config: GanConfig, data: DataInfo, classes: int) -> None:
         super().__init__()
@@ -885,7 +1056,7 @@ class Generator(nn.Module):
         self.classes = classes
         self.enter = nn.Linear(config.latent_dim + classes, widths[0] * side * side)
         self.body = nn.Sequential(nn.Unflatten(1, (widths[0], side, side)),
-                                  upward(widths, config.convs, BatchNorm, nn.ReLU()))
+                                  upward(widths, config.convs, batch_norm, nn.ReLU()))
 
     def forward(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         """[B D], labels [B] where there are classes -> images in (-1, 1)"""
@@ -895,14 +1066,14 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Image (and class) -> logit of being real; the class takes part as a direction in feature space ([Miyato18])."""
+    """Image (and class) -> logit of being real; the class takes part as a direction in feature space ([Miyato18]). No
+    norms: the penalties take their place ([Huang24])."""
 
     def __init__(self, config: GanConfig, data: DataInfo, classes: int) -> None:
         super().__init__()
         side, widths = pyramid(data, config.width)
-        norm = BatchNorm if config.gan_loss == "dcgan" else nn.Identity
-        self.body = nn.Sequential(downward(widths, config.convs, norm, nn.LeakyReLU(0.2)), nn.Flatten())
-        self.head = nn.Linear(widths[0] * side * side, 1, bias=config.gan_loss == "dcgan")  # between pairs it cancels
+        self.body = nn.Sequential(downward(widths, config.convs, nn.Identity, nn.LeakyReLU(0.2)), nn.Flatten())
+        self.head = nn.Linear(widths[0] * side * side, 1, bias=False)  # between pairs it would cancel
         self.label = nn.Embedding(classes, widths[0] * side * side) if classes else None
         if classes:
             nn.init.zeros_(self.label.weight)  # its usual N(0, 1), summed over thousands of features, drowns the rest
@@ -921,84 +1092,62 @@ def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
 
 
 class GanModel(ImageModel):
-    """Two networks that play against each other ([Good14]): one draws, the other tells drawn images from real ones."""
+    """Two networks that play against each other ([Good14]): one draws, the other tells drawn images from real ones, of
+    which it sees one beside each drawn one ([Huang24])."""
     config_class = GanConfig
+    fixed = {"gan_loss": ("relativistic",)}
     results_folder = "gan"
     panel_every = 5
     descends = False  # what one player wins the other loses: the sum need not fall
+    betas = (0.0, 0.99)
 
     def __init__(self, config: GanConfig, data: DataInfo) -> None:
         super().__init__(config, data)
         self.labelled = self.labelled and config.conditional
         classes = len(data.classes) if self.labelled else 0
         self.generator, self.discriminator = (kind(config, data, classes) for kind in (Generator, Discriminator))
-        self.paired = config.gan_loss == "relativistic"
-        if not self.paired:
-            for layer in self.modules():
-                if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-                    nn.init.normal_(layer.weight, std=0.02)  # [Radford16]
-                    nn.init.zeros_(layer.bias)
-
-    @property
-    def betas(self) -> tuple[float, float]:  # type: ignore[override]
-        return GAN_RECIPES[self.config.gan_loss]["betas"]
 
     def players(self) -> dict[str, nn.Module]:
         return {"discriminator": self.discriminator, "generator": self.generator}
 
-    def win(self, logits: Tensor, others: Tensor) -> Tensor:
-        """How sure the discriminator is of what `logits` belong to: against zero, or against its partner in a pair."""
-        return logits - others if self.paired else logits
-
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Cross-entropy of the discriminator, then (after its step) the generator's non-saturating loss. `d_real` and
-        `d_fake` are mean probabilities of being real; with pairs, of being the real one of two."""
-        judge, labels, real = self.discriminator, batch.labels, batch.images
+        """Cross-entropy of telling which of a pair is the real one, with penalties; then (after that step) of the
+        generator, which wants it told wrongly. `d_real` and `d_fake` are mean probabilities of being called real."""
+        judge, labels = self.discriminator, batch.labels
         judge.requires_grad_(True)
         with self.cast():
             fake = self.generator(batch.draw.normal(self.config.latent_dim), labels)
-            seen = fake.detach()
-            if self.paired:
-                real, seen = real.detach().requires_grad_(), seen.requires_grad_()
+            real, seen = (x.detach().requires_grad_() for x in (batch.images, fake))
             on_real, on_fake = judge(real, labels), judge(seen, labels)
-        sure, fooled = self.win(on_real, on_fake), self.win(on_fake, on_real)
-        loss = F.softplus(-sure).mean() + (0 if self.paired else F.softplus(fooled).mean())
-        stats = {"d_loss": loss.detach(), "d_real": sure.detach().sigmoid().mean(),
-                 "d_fake": fooled.detach().sigmoid().mean()}
-        if self.paired:
-            penalty = gradient_penalty(on_real, real) + gradient_penalty(on_fake, seen)
-            loss, stats = loss + self.config.penalty * penalty, stats | {"penalty": penalty.detach()}
-        yield "discriminator", loss, stats
+        sure = on_real - on_fake
+        loss = F.softplus(-sure).mean()
+        penalty = gradient_penalty(on_real, real) + gradient_penalty(on_fake, seen)
+        yield "discriminator", loss + self.config.penalty * penalty, {
+            "d_loss": loss.detach(), "d_real": sure.detach().sigmoid().mean(),
+            "d_fake": (-sure.detach()).sigmoid().mean(), "penalty": penalty.detach()}
         judge.requires_grad_(False)  # no need of its gradients now
         with self.cast():
-            on_fake = judge(fake, labels)
-            on_real = judge(real.detach(), labels) if self.paired else on_fake
-        loss = F.softplus(-self.win(on_fake, on_real)).mean()
+            on_fake, on_real = judge(fake, labels), judge(batch.images, labels)
+        loss = F.softplus(on_real - on_fake).mean()
         yield "generator", loss, {"g_loss": loss.detach()}
         judge.requires_grad_(True)
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
-        """`d_real` on images that training has not seen: much lower there, the discriminator knows them by heart.
-        Batch norm goes by the batch, as in training: its running statistics mix real and drawn images."""
-        judge, training = self.discriminator, self.discriminator.training
-        copies = {name: value.clone() for name, value in judge.state_dict().items()}  # whose statistics may change
-        judge.train()
+        """`d_real` on images that training has not seen: much lower there, the discriminator knows them by heart."""
         with self.cast():
             fake = self.generator(batch.draw.normal(self.config.latent_dim), batch.labels)
-            on_real, on_fake = (torch.func.functional_call(judge, copies, (x, batch.labels))
-                                for x in (batch.images, fake))
-        judge.train(training)
-        return {"val_d_real": self.win(on_real, on_fake).sigmoid().mean().item()}
+            sure = self.discriminator(batch.images, batch.labels) - self.discriminator(fake, batch.labels)
+        return {"val_d_real": sure.sigmoid().mean().item()}
 
     def warnings(self, figures: dict[str, Any]) -> list[str]:
-        lines, other = [], "" if self.paired else " or --gan_loss relativistic"
+        lines, share = [], figures.get("class_share_min")
         if figures["d_real"] > 0.97 and figures["d_fake"] < 0.03:
             lines.append("the discriminator wins outright, and a generator that always loses learns nothing: try a "
-                         f"lower --learning_rate{other}")
-        if figures.get("class_share_min", 1) < 0.1 / len(self.data.classes):
+                         "lower --learning_rate")
+        if share is not None and share < 0.1 / len(self.data.classes):
             lines.append("classes vanish from what is drawn (class_share_min in metrics.jsonl): try another --seed, a "
-                         f"lower --learning_rate{other}")
+                         "lower --learning_rate")
         return lines
 
     @torch.no_grad()
@@ -1027,7 +1176,7 @@ def restore_model(state: dict, **changes: Any) -> Family:
         for name, values in family.fixed.items():
             if state["config"].get(name, values[0]) not in values:
                 raise ValueError(f"it was made with --{name} {state['config'][name]}, which is no more")
-        config = family.config_class(**known_fields(family.config_class, state["config"]) | changes)
+        config = family.config_class(**family.older | known_fields(family.config_class, state["config"]) | changes)
         model = family(config, DataInfo(**known_fields(DataInfo, state["data"])))
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state["ema"].items()})
         if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
@@ -1127,7 +1276,7 @@ def lock(path: Path) -> Any:
     """Hold `path` until this process ends, however it ends; a second one is refused."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = open(path, "w")
+        held = open(path, "w")  # noqa: SIM115
         with contextlib.suppress(ImportError):  # a system without it has no such locks
             import fcntl
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1221,8 +1370,8 @@ class Images:
                         len(self.train))
 
     def describe(self) -> str:
-        return (f"{self.title}: {len(self.train)} training and {len(self.test)} test images of "
-                f"{self.train.shape[-1]} pixels")
+        train, test = self.train, self.test
+        return f"{self.title}: {len(train)} training and {len(test)} test images of {train.shape[-1]} pixels"
 
     def plan(self, config: RunConfig) -> tuple[int, int]:
         """(batch size, steps per epoch): an epoch is as many whole batches as there are."""
@@ -1238,7 +1387,10 @@ class Images:
             self.order = torch.randperm(len(self.train), generator=generator)
             self.train, self.train_labels = self.train.to(draw.device), self.train_labels.to(draw.device)
         rows = self.order[position * batch_size:][:batch_size][draw.rows].to(draw.device)
-        return Batch(to_float(self.train[rows]), self.train_labels[rows], draw)
+        images = to_float(self.train[rows])
+        if config.flip == "on" or (config.flip == "auto" and self.name.startswith("cifar")):
+            images = torch.where((draw.uniform() < 0.5)[:, None, None, None], images.flip(-1), images)
+        return Batch(images, self.train_labels[rows], draw)
 
     def held_out(self, count: int, device: torch.device) -> Iterator[Batch]:
         """The first `count` test images."""
@@ -1248,64 +1400,56 @@ class Images:
 
 
 def some_rows(images: Tensor, count: int) -> Tensor:
-    """Numbers of `count` images, drawn with a fixed seed: the first ones of a file are rarely typical (MNIST's test
-    set begins with its cleaner half)."""
+    """Numbers of `count` images, drawn with a fixed seed: MNIST's test set begins with its cleaner half."""
     return torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
 
 
-def damaged_files(folder: Path, sums: dict[str, str]) -> list[Path]:
-    """Those of the files with known md5 sums that are missing or other than they were."""
-    def md5(path: Path) -> str:
-        return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
-    return [folder / name for name, digest in sums.items() if md5(folder / name) != digest]
+def provide(world: World | None, own: bool, title: str, folder: Path, sums: dict[str, str],
+            fetch: Callable[[], Any]) -> None:
+    """Download files that are missing or not those of the md5 `sums`, once for all processes; damaged files in a folder
+    of the user's `own` stay."""
+    from torchvision.datasets.utils import check_integrity
+
+    def damaged() -> list[Path]:
+        return [folder / name for name, digest in sums.items() if not check_integrity(str(folder / name), digest)]
+
+    if world is None or world.main:
+        bad = damaged()
+        if own and (names := ", ".join(path.name for path in bad if path.exists())):
+            raise UserError(f"{folder}: {names} is truncated or not {title}'s file (md5 differs): delete it, and it is "
+                            "downloaded again")
+        if bad:
+            download(title, folder, damaged, fetch)
+    if world is not None:
+        world.wait()
 
 
-def download(title: str, megabytes: int, folder: Path, damaged: Callable[[], list[Path]], fetch: Callable[[], Any],
-             hint: str, attempts: int = 3) -> None:
-    """Fetch a dataset with torchvision (md5). Raises `UserError` with code 3 when it can't be reached."""
+def download(title: str, folder: Path, damaged: Callable[[], list[Path]], fetch: Callable[[], Any]) -> None:
+    """Fetch a dataset with torchvision, in three attempts. `UserError` with code 3 where it can't be reached."""
     import errno
-    import http.client
     import socket
-    import tarfile
-    with replacing(folder / ".write_test") as part:
-        part.touch()
-    (folder / ".write_test").unlink()
     socket.setdefaulttimeout(30)  # torchvision sets none: a stalled connection would hang for ever
-    say(f"{title}: downloading about {megabytes} MB into {folder}")
-    for attempt in range(attempts):
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"{title}: downloading into {folder}")
+    for pause in (1, 2, 0):
         for path in damaged():  # torchvision takes any file of the right name for a finished download
             path.unlink(missing_ok=True)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 fetch()
             reason = f"the files that arrived are not {title}'s"
-        except (OSError, http.client.HTTPException, RuntimeError, EOFError, ValueError, tarfile.TarError) as error:
-            lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Tried")]
-            reason = (lines[-1] if lines else type(error).__name__).strip("<>")[:160]
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG):
+        except Exception as error:  # what arrives can make the readers of HTTP, gzip and tar fail in any way
+            disk = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EACCES)
+            if isinstance(error, OSError) and error.errno in disk:
                 raise UserError(f"can't write {folder} ({error.strerror}); free some space or name another folder with "
                                 "--data_root") from None
+            lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Tried")]
+            reason = (lines[-1] if lines else type(error).__name__).strip("<>")[:160]
         if not damaged():
             return
-        if attempt + 1 < attempts:
-            time.sleep(2 ** attempt)
-    raise UserError(f"{title} can't be downloaded ({reason}; {attempts} attempts): connect to a network, name a folder "
-                    f"that has {hint} with --data_root, or use --dataset digits, which needs no download", NO_NETWORK)
-
-
-def provide(world: World | None, own: bool, title: str, megabytes: int, folder: Path,
-            damaged: Callable[[], list[Path]], fetch: Callable[[], Any], hint: str) -> None:
-    """Download what is missing, once for all processes; damaged files in a folder of the user's `own` stay."""
-    if world is None or world.main:
-        bad = damaged()
-        if own and any(path.exists() for path in bad):
-            names = ", ".join(path.name for path in bad if path.exists())
-            raise UserError(f"{folder}: {names} is truncated or not {title}'s file (md5 differs): delete it, and it is "
-                            "downloaded again")
-        if bad:
-            download(title, megabytes, folder, damaged, fetch, hint)
-    if world is not None:
-        world.wait()
+        time.sleep(pause)
+    raise UserError(f"{title} can't be downloaded ({reason}): connect to a network, name a folder that has its files "
+                    "with --data_root, or use --dataset digits, which needs no download", NO_NETWORK)
 
 
 def load_mnist(root: Path | None, world: World | None = None) -> Images:
@@ -1314,28 +1458,24 @@ def load_mnist(root: Path | None, world: World | None = None) -> Images:
     own, root, mirror = root is not None, root or HERE / "data", os.environ.get("MNIST_MIRROR")
     mirrors = [mirror.rstrip("/") + "/", *MNIST.mirrors] if mirror else MNIST.mirrors
     source = type("MNIST", (MNIST,), {"mirrors": mirrors})  # torchvision names the folder after the class
-    raw = root / "MNIST" / "raw"
-    provide(world, own, "MNIST", 12, raw, lambda: damaged_files(raw, MNIST_MD5),
-            lambda: source(str(root), download=True), "MNIST/raw/*-ubyte")
-    train, test = (MNIST(str(root), train=part, download=False) for part in (True, False))
+    provide(world, own, "MNIST", root / "MNIST" / "raw", MNIST_MD5, lambda: source(str(root), download=True))
+    train, test = (MNIST(str(root), train=part) for part in (True, False))
     return Images("mnist", train.data[:, None], train.targets, test.data[:, None], test.targets, list("0123456789"),
                   "MNIST")
 
 
 def load_cifar(name: str, root: Path | None, world: World | None = None) -> Images:
-    """CIFAR-10's or CIFAR-100's 50,000 + 10,000 small photographs, [3 32 32], downloaded as MNIST is. The files are
-    pickles: their md5 sums are checked before any is opened."""
+    """The 50,000 + 10,000 small photographs, [3 32 32]. The files are pickles: md5 is checked before one is opened."""
     from torchvision import datasets
     source, title = getattr(datasets, name.upper()), name.upper().replace("R1", "R-1")
     own, root = root is not None, root or HERE / "data"
-    folder, archive = root / source.base_folder, root / source.filename
     sums = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
 
     def fetch() -> None:
         source(str(root), download=True)
-        archive.unlink()
+        (root / source.filename).unlink()
 
-    provide(world, own, title, 170, folder, lambda: damaged_files(folder, sums), fetch, source.base_folder)
+    provide(world, own, title, root / source.base_folder, sums, fetch)
     train, test = (source(str(root), train=part) for part in (True, False))
     pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
     return Images(name, pixels[0], torch.tensor(train.targets), pixels[1], torch.tensor(test.targets),
@@ -1357,18 +1497,17 @@ def load_digits() -> Images:
 def open_image(path: Path) -> Any:
     """A PIL image in mode L or RGB: 16-bit scaled, palette expanded, first frame of an animation, alpha on white; float
     pictures are in 0..1 or in 0..255."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it remarks on odd metadata; what can't be read is an error all the same
             with Image.open(path) as file:
                 image = ImageOps.exif_transpose(file)
                 image.load()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if not path.is_file():
-            raise UserError(f"{path} is not a file: name an image file") from None
-        reason = "no image format is recognised in it" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{path} can't be read as an image ({reason}): repair or remove it") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a file: name an image file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} can't be read as an image ({first_line(error)}): repair or remove it") from None
     if image.mode.startswith("I") or image.mode == "F":
         levels = np.asarray(image, dtype=np.float64)
         if not np.isfinite(levels).all():
@@ -1377,9 +1516,8 @@ def open_image(path: Path) -> Any:
         scale = 1 / 255 if image.mode == "F" and top <= 1 else 257 if image.mode.startswith("I;16") or top > 255 else 1
         return Image.fromarray(np.clip(levels / scale, 0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "P") or "transparency" in image.info:
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
+        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         red, green, blue = image.split()
         return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
@@ -1391,18 +1529,27 @@ def image_files(folder: Path) -> list[Path]:
         if mark.exists():
             raise UserError(f"{mark.parent} holds results that a script wrote, not training data: name another folder, "
                             f"or delete {mark} if you mean to learn from these pictures")
-    paths, others = [], Counter()
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not Path(place, name, RESULTS_MARK).exists())
-        for path in (Path(place, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-                paths.append(path)
-            else:
-                others[path.suffix.lower() or "without suffix" if path.is_file() else "broken link"] += 1
+    written = {mark.parent for mark in folder.rglob(RESULTS_MARK)}
+    pictures, others = [], Counter()
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name.startswith(".") or not written.isdisjoint(path.parents):
+            continue
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            pictures.append(path)
+        else:
+            others[path.suffix.lower() or "without suffix" if path.is_file() else "broken link"] += 1
     if others:
         say(f"{folder}: left out {', '.join(f'{count} {kind}' for kind, count in others.most_common(8))} (read are "
             f"{', '.join(sorted(IMAGE_SUFFIXES))})", sys.stderr)
-    return sorted(paths)
+    return pictures
+
+
+def own_images(paths: Sequence[Path], data: DataInfo) -> Tensor:
+    """Files of any size and mode -> uint8 [N C H W] as the model knows them: cropped, resized, grey or colour."""
+    from PIL import ImageOps
+    size, mode = (data.image_size,) * 2, "L" if data.channels == 1 else "RGB"
+    arrays = [np.asarray(ImageOps.fit(open_image(path).convert(mode), size)) for path in paths]
+    return torch.from_numpy(np.stack(arrays)).reshape(len(arrays), *size, data.channels).permute(0, 3, 1, 2)
 
 
 def read_image_folder(folder: Path, size: int, skip_bad: bool = False) -> tuple[list[np.ndarray], list[str]]:
@@ -1433,28 +1580,25 @@ def load_folder(root: Path | None, size: int, skip_bad: bool = False) -> Images:
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: --data_root takes the folder with your images")
     split = (root / "train").is_dir() and (root / "test").is_dir()
-    arrays, labels = read_image_folder(root / "train" if split else root, size, skip_bad)
-    test_arrays, test_labels = read_image_folder(root / "test", size, skip_bad) if split else ([], [])
-    if len(arrays) < 2 or (split and not test_arrays):
-        raise UserError(f"{root} holds {len(arrays) + len(test_arrays)} image(s) ({', '.join(sorted(IMAGE_SUFFIXES))}):"
-                        " at least two are needed, one to train on and one to hold out")
-    classes = sorted(set(labels))
-    if unknown := set(test_labels) - set(classes):
+    parts = [read_image_folder(folder, size, skip_bad)
+             for folder in ((root / "train", root / "test") if split else (root,))]
+    arrays, labels = (list(itertools.chain(*part)) for part in zip(*parts))
+    count = len(parts[0][0])
+    if count < 2 or (split and count == len(arrays)):
+        raise UserError(f"{root} holds {len(arrays)} image(s) ({', '.join(sorted(IMAGE_SUFFIXES))}): at least two are "
+                        "needed, one to train on and one to hold out")
+    classes = sorted(set(labels[:count]))
+    if unknown := set(labels) - set(classes):
         raise UserError(f"{root / 'test'} has the class {min(unknown)!r} that {root / 'train'} lacks: make them agree")
-    depth = 3 if any(a.ndim == 3 for a in arrays + test_arrays) else 1
-
-    def stack(items: list[np.ndarray]) -> Tensor:
-        planes = [np.broadcast_to(a[..., None] if a.ndim == 2 else a, (size, size, depth)) for a in items]
-        return torch.from_numpy(np.stack(planes)).permute(0, 3, 1, 2).contiguous()
-
-    images, targets = stack(arrays), torch.tensor([classes.index(name) for name in labels])
-    title = root.resolve().name
+    depth = 3 if any(a.ndim == 3 for a in arrays) else 1
+    planes = [np.broadcast_to(a[..., None] if a.ndim == 2 else a, (size, size, depth)) for a in arrays]
+    images = torch.from_numpy(np.stack(planes)).permute(0, 3, 1, 2).contiguous()
+    targets = torch.tensor([classes.index(name) for name in labels])
+    order = some_rows(images, count)
+    train, test = order[max(1, count // 10):], order[:max(1, count // 10)]
     if split:
-        return Images("folder", images, targets, stack(test_arrays),
-                      torch.tensor([classes.index(name) for name in test_labels]), classes, title)
-    order = some_rows(images, len(images))
-    train, test = order[max(1, len(images) // 10):], order[:max(1, len(images) // 10)]
-    return Images("folder", images[train], targets[train], images[test], targets[test], classes, title)
+        train, test = torch.arange(count), torch.arange(count, len(images))
+    return Images("folder", images[train], targets[train], images[test], targets[test], classes, root.resolve().name)
 
 
 DATASETS = ("mnist", "cifar10", "cifar100", "digits", "folder")
@@ -1462,12 +1606,10 @@ DATASETS = ("mnist", "cifar10", "cifar100", "digits", "folder")
 
 @dataclass(frozen=True)
 class DataOptions:
-    dataset: str = option("mnist", "data", "mnist, cifar10 or cifar100 (downloaded), digits (scikit-learn's 1,797, no "
-                          "download) or folder", choices=DATASETS)
+    dataset: str = option("mnist", "data", "digits are scikit-learn's, without a download", choices=DATASETS)
     data_root: Path | None = option(None, "data", "folder with MNIST/raw or cifar-10-batches-py, or with your images, "
                                     "one sub-folder per label", Path)
-    image_size: int | None = option(None, "data", "side to which images of a folder are cropped and resized (default: "
-                                    "32)", number(int, 4, 1024))
+    image_size: int | None = option(None, "data", "side of a folder's images (default: 32)", number(int, 4, 1024))
     skip_bad: bool = option(False, "data", "leave out pictures of a folder that can't be read")
 
 
@@ -1476,26 +1618,21 @@ def load_images(options: DataOptions, world: World | None = None) -> Images:
     name, root = options.dataset, options.data_root
     if name == "folder":
         return load_folder(root, options.image_size or 32, options.skip_bad)
+    for flag, told in (("image_size", options.image_size), ("skip_bad", options.skip_bad),
+                       ("data_root", root if name == "digits" else None)):
+        if told:
+            raise UserError(f"--{flag} has no effect with --dataset {name}: leave it out", 2)
     if name == "digits":
-        if root is not None:
-            raise UserError("--data_root has no effect with --dataset digits, which is scikit-learn's: leave it out", 2)
-        images = load_digits()
-    else:
-        images = load_mnist(root, world) if name == "mnist" else load_cifar(name, root, world)
-    if options.image_size not in (None, images.train.shape[-1]):
-        raise UserError(f"--image_size is for --dataset folder: {images.title} has {images.train.shape[-1]} pixels", 2)
-    if options.skip_bad:
-        raise UserError(f"--skip_bad is for --dataset folder: {images.title} has no files of its own", 2)
-    return images
+        return load_digits()
+    return load_mnist(root, world) if name == "mnist" else load_cifar(name, root, world)
 
 
 # === metrics ===
 
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                  "weights-inception-2015-12-05-6726825d.pth")  # the hash in the name is checked after the download
-ALONE = {"sync_on_compute": False}  # rank 0 measures alone: torchmetrics must not wait there for the other processes
 NEIGHBOURS = 3  # k of precision and recall, as in [Kynk19]
-CLASS_FIGURES = ("class_share_min", "class_share_max", "classes_covered", "class_balance")
+CLASS_FIGURES = ("class_share_min", "class_share_max", "classes_covered", "class_balance", "label_agreement")
 EVALUATION_SHARE = 0.1  # of an epoch's work may go into measuring it
 
 
@@ -1504,13 +1641,14 @@ class Features(NamedTuple):
     logits: Tensor  # [N K]
 
 
+@dataclass(frozen=True)
 class FeatureNet:
     """A frozen network that turns uint8 images into feature vectors and class logits."""
-
-    def __init__(self, name: str, width: int, digest: str, apply: Callable[[Tensor], tuple[Tensor, Tensor]],
-                 names_classes: bool) -> None:
-        self.name, self.width, self.digest, self.apply = name, width, digest, apply
-        self.names_classes = names_classes  # its classes are those of the data, so that balance can be judged
+    name: str
+    width: int
+    digest: str
+    apply: Callable[[Tensor], tuple[Tensor, Tensor]]
+    names_classes: bool  # its classes are those of the data, so that balance can be judged
 
     @torch.no_grad()
     def __call__(self, images: Tensor, batch: int = 250) -> Features:
@@ -1540,40 +1678,37 @@ def classifier_net(path: Path, device: torch.device, data: DataInfo) -> FeatureN
 def inception_net(weights: Path | None, device: torch.device) -> FeatureNet:
     """The 2015 Inception v3 that published FID, IS and KID figures use, through torchmetrics."""
     try:
-        if weights is not None:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        else:
-            state = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True,
-                                                       weights_only=True)
         from torchmetrics.image.fid import NoTrainInceptionV3
+        state = torch.load(weights, map_location="cpu", weights_only=True) if weights else \
+            torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
         buffer = io.BytesIO()  # the library reads its weights with pickle enabled: hand it only what was read safely
         torch.save(state, buffer)
-        digest = hashlib.sha256(buffer.getvalue()).hexdigest() if weights is None else file_digest(weights)
+        digest = file_digest(weights) if weights else hashlib.sha256(buffer.getvalue()).hexdigest()
         buffer.seek(0)
         net = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], buffer, antialias=False).to(device)
     except ModuleNotFoundError as error:
         raise UserError(f"Inception metrics need the package {error.name}: pip install torch-fidelity") from None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError,
-            pickle.UnpicklingError) as error:
+    except Exception as error:  # of the network, or of a file that holds anything
         where = f"{weights} is not the Inception weights file" if weights else "the Inception weights can't be fetched"
         raise UserError(f"{where} ({first_line(error)}): download {INCEPTION_URL} where there is a "
                         "network and name the file with --inception_weights") from None
-
-    def apply(images: Tensor) -> tuple[Tensor, Tensor]:
-        images = images.to(device)
-        return net._torch_fidelity_forward(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
-
-    return FeatureNet("inception", 2048, digest, apply, False)
+    return FeatureNet("inception", 2048, digest,
+                      lambda images: net._torch_fidelity_forward(images.to(device).expand(-1, 3, -1, -1)), False)
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
     fid_features: str = option("auto", "evaluation", "feature net: cnn (our classifier for the dataset) or inception; "
                                "auto: cnn", choices=("auto", "cnn", "inception"))
-    inception_weights: Path | None = option(None, "evaluation", "file with the Inception weights, for offline machines",
-                                            Path)
+    inception_weights: Path | None = option(None, "evaluation", "Inception weights, for offline machines", Path)
     classifier: Path | None = option(None, "evaluation", "checkpoint of --model classifier for the metrics; by default "
                                      "the shipped one for the dataset, else the one in models/ for its classes", Path)
+    eval_samples: int | None = option(None, "evaluation", "images to measure (default: 10,000, between epochs 400, or "
+                                      "the size of a smaller test set)", number(int, 2))
+    sample_batch: int = option(250, "sampling", "images drawn at once, bounds the memory", number(int, 1))
+
+
+EvaluateOptions = MeasureOptions
 
 
 def find_feature_net(options: MeasureOptions, data: DataInfo, device: torch.device) -> tuple[FeatureNet | None, str]:
@@ -1585,58 +1720,46 @@ def find_feature_net(options: MeasureOptions, data: DataInfo, device: torch.devi
     usual = (SUBJECT.shipped("classifier", data.dataset), HERE / "models" / Classifier.file_name(data))
     for path in [options.classifier] if options.classifier else [path for path in usual if path.exists()]:
         return classifier_net(path, device, data), ""
-    reason = (f"no classifier for {data.title}: train one with --model classifier --dataset {data.dataset}"
-              ", or use --fid_features inception")
+    reason = (f"no classifier for {data.title}: train one with --model classifier --dataset {data.dataset}, or use "
+              "--fid_features inception")
     if options.fid_features == "cnn":
         raise UserError(reason)
     return None, reason
 
 
-def frechet_distance(estimate: Tensor, reference: Tensor) -> float:
-    """Frechet distance of the Gaussians fitted to two sets of vectors [N D] ([Heusel17]), by torchmetrics."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    metric = FrechetInceptionDistance(feature=passthrough(estimate.shape[1]), **ALONE)
-    metric.update(reference, real=True)
-    metric.update(estimate, real=False)
-    return metric.compute().item()
-
-
-@contextlib.contextmanager
-def seeded_and_quiet() -> Iterator[None]:
-    """torchmetrics shuffles with the global generator, and warns that it keeps features (which are few here)."""
+def by_torchmetrics(kind: Any, *updates: tuple, **options: Any) -> Any:
+    """A metric of torchmetrics over features that are at hand: its "feature net" returns what it is given."""
+    net = nn.Identity()
+    net.num_features = updates[0][0].shape[1]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        yield
+        warnings.simplefilter("ignore")  # it warns that it keeps features, which are few here,
+        torch.manual_seed(0)  # and shuffles with the global generator
+        metric = kind(net, sync_on_compute=False, **options)  # rank 0 measures alone: it must not wait for the others
+        for update in updates:
+            metric.update(*update)
+        return metric.compute()
 
 
-def passthrough(width: int) -> nn.Module:
-    """A "feature net" for torchmetrics that returns what it is given: features are computed once, not per metric."""
-    module = nn.Identity()
-    module.num_features = width
-    return module
+def frechet_distance(estimate: Tensor, reference: Tensor) -> float:
+    """Frechet distance of the Gaussians fitted to two sets of vectors [N D] ([Heusel17])."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    return by_torchmetrics(FrechetInceptionDistance, (reference, True), (estimate, False)).item()
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
-    """exp of the mean KL(p(y|x) || p(y)), mean and standard deviation over ten splits ([Salim16]), by torchmetrics."""
+    """exp of the mean KL(p(y|x) || p(y)), mean and standard deviation over ten splits ([Salim16])."""
     from torchmetrics.image.inception import InceptionScore
-    with seeded_and_quiet():
-        metric = InceptionScore(feature=passthrough(logits.shape[1]), splits=min(10, len(logits)), **ALONE)
-        metric.update(logits)
-        mean, deviation = metric.compute()
+    mean, deviation = by_torchmetrics(InceptionScore, (logits,), splits=min(10, len(logits)))
     return mean.item(), deviation.nan_to_num().item()
 
 
 def kernel_distance(estimate: Tensor, reference: Tensor) -> tuple[float, float]:
-    """KID: squared MMD with a cubic kernel, mean and standard deviation over 50 subsets ([Bink18]), by torchmetrics.
-    Of few vectors a subset takes half, so that subsets differ; at least four are needed."""
+    """KID: squared MMD with a cubic kernel, mean and standard deviation over 50 subsets ([Bink18]). Of few vectors a
+    subset takes half, so that subsets differ; at least four are needed."""
     from torchmetrics.image.kid import KernelInceptionDistance
     size = min(1000, len(estimate) // 2, len(reference) // 2)
-    with seeded_and_quiet():
-        metric = KernelInceptionDistance(passthrough(estimate.shape[1]), subsets=50, subset_size=size, **ALONE)
-        metric.update(reference, real=True)
-        metric.update(estimate, real=False)
-        mean, deviation = metric.compute()
+    mean, deviation = by_torchmetrics(KernelInceptionDistance, (reference, True), (estimate, False), subsets=50,
+                                      subset_size=size)
     return mean.item(), deviation.item()
 
 
@@ -1664,52 +1787,40 @@ def nearest_distance(images: Tensor, train: Tensor) -> Tensor:
     return torch.cat(nearest).clamp(min=0).sqrt()
 
 
-def finite(values: dict[str, float | None], reasons: dict[str, str]) -> dict[str, float | None]:
-    """NaN or infinity is no result: null, with the reason noted."""
-    for key, value in values.items():
-        if value is not None and not math.isfinite(value):
-            values[key], reasons[key] = None, f"the result was {value}"
-    return values
-
-
 def measure(estimate: Features, reference: Features, net: FeatureNet, asked: Tensor | None = None,
             quick: bool = False) -> tuple[dict[str, float | None], dict[str, str]]:
     """All metrics of a set of images against a reference, and the reasons for those that could not be computed.
-    `asked` [N] are the labels that the images were drawn for; `quick` keeps to FID, IS and KID."""
+    `asked` [N] are the labels that the images were drawn for; `quick` leaves out the last three."""
     values: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     count, name = min(len(estimate.vectors), len(reference.vectors)), net.name
-    if count > net.width:
-        values[f"fid_{name}"] = frechet_distance(estimate.vectors, reference.vectors)
-    else:
-        values[f"fid_{name}"] = None
-        reasons[f"fid_{name}"] = f"needs more images ({count}) than features ({net.width})"
-    values[f"is_{name}"], values[f"is_{name}_std"] = inception_score(estimate.logits)
-    pairs = [(kernel_distance, f"kid_{name}", f"kid_{name}_std")]
-    if not quick:
-        pairs.append((precision_recall, f"precision_{name}", f"recall_{name}"))
-    for metric, *keys in pairs:
-        if count > NEIGHBOURS:
-            values |= zip(keys, metric(estimate.vectors, reference.vectors), strict=True)
+    for metric, least, *keys in (
+            (lambda *sets: [frechet_distance(*sets)], net.width, f"fid_{name}"),  # covariances need full rank
+            (lambda *_: inception_score(estimate.logits), 0, f"is_{name}", f"is_{name}_std"),
+            (kernel_distance, NEIGHBOURS, f"kid_{name}", f"kid_{name}_std"),
+            (precision_recall, NEIGHBOURS, f"precision_{name}", f"recall_{name}"))[:3 if quick else 4]:
+        if count > least:
+            values |= zip(keys, metric(estimate.vectors, reference.vectors))
         else:
             values |= dict.fromkeys(keys)
-            reasons |= dict.fromkeys(keys, f"needs more than {NEIGHBOURS} images")
+            reasons |= dict.fromkeys(keys, f"needs more than {least} images, not {count}")
     predicted = estimate.logits.argmax(1)
     if net.names_classes:
         shares = torch.bincount(predicted, minlength=estimate.logits.shape[1]) / len(predicted)
-        values["class_share_min"], values["class_share_max"] = shares.min().item(), shares.max().item()
-        values["classes_covered"] = (shares * len(shares) >= 0.1).sum().item()  # at least a tenth of an equal share
-        values["class_balance"] = (torch.special.entr(shares).sum() / math.log(len(shares))).item()
-    if quick:
-        return finite(values, reasons), reasons
-    if net.names_classes:
-        values["label_agreement"] = None if asked is None else (predicted == asked.cpu()).float().mean().item()
-        if asked is None:
-            reasons["label_agreement"] = "the images were not drawn for given labels"
-    else:
-        for key in (*CLASS_FIGURES, "label_agreement"):
-            values[key], reasons[key] = None, f"the classes of {name} are not those of the data"
-    return finite(values, reasons), reasons
+        values |= {"class_share_min": shares.min().item(), "class_share_max": shares.max().item(),
+                   "classes_covered": (shares * len(shares) >= 0.1).sum().item(),  # a tenth of an equal share
+                   "class_balance": (torch.special.entr(shares).sum() / math.log(len(shares))).item()}
+        if asked is not None and not quick:
+            values["label_agreement"] = (predicted == asked.cpu()).float().mean().item()
+    reason = "the images were not drawn for given labels" if net.names_classes else \
+        f"the classes of {name} are not those of the data"
+    for key in () if quick else CLASS_FIGURES:
+        if key not in values:
+            values[key], reasons[key] = None, reason
+    for key, value in values.items():  # NaN or infinity is no result
+        if value is not None and not math.isfinite(value):
+            values[key], reasons[key] = None, f"the result was {value}"
+    return values, reasons
 
 
 def proportional_labels(data: DataInfo, count: int, labelled: bool = True) -> Tensor | None:
@@ -1766,8 +1877,7 @@ def held_out(model: Family, data: Any, device: torch.device, count: int | None =
 
 
 def drawing_speed(model: ImageModel) -> dict[str, Any]:
-    """Milliseconds per image in batches of one and of the size that does best: medians of about a second's work for
-    each size, up to the first that takes more than five."""
+    """Milliseconds per image one by one and in the best batches: medians of about a second's work for each size."""
     speeds: dict[int, float] = {}
     for size in (1, 8, 64, 256):
         labels, times = proportional_labels(model.data, size, model.labelled), []
@@ -1783,14 +1893,7 @@ def drawing_speed(model: ImageModel) -> dict[str, Any]:
             "best_batch": best}
 
 
-@dataclass(frozen=True)
-class EvaluateOptions(MeasureOptions):
-    eval_samples: int | None = option(None, "evaluation", "images to measure (default: 10,000, or the size of a "
-                                      "smaller test set)", number(int, 2))
-    sample_batch: int = option(250, "sampling", "images drawn at once, bounds the memory", number(int, 1))
-
-
-def evaluate_samples(options: EvaluateOptions, model: ImageModel, images: Images) -> dict[str, Any]:
+def evaluate_samples(options: MeasureOptions, model: ImageModel, images: Images) -> dict[str, Any]:
     """Draw, measure, and measure as many real training images in the same way."""
     device = next(model.parameters()).device
     net, reason = find_feature_net(options, model.data, device)
@@ -1801,17 +1904,17 @@ def evaluate_samples(options: EvaluateOptions, model: ImageModel, images: Images
     seconds = time.perf_counter() - started
     metrics: dict[str, Any] = {}
     order = some_rows(images.train, count)
-    real, reference = images.train[order], images.test[some_rows(images.test, count)]
-    common = {"n": count, "n_floor": len(real), "n_reference": len(reference), "reference": "test"}
-    if net is not None:
+    reference = images.test[some_rows(images.test, count)]
+    common = {"n": count, "n_floor": len(order), "n_reference": len(reference), "reference": "test"}
+    if net is None:
+        metrics["fid"] = {"value": None, "reason": reason}
+    else:
         target = net(reference)
         values, reasons = measure(net(drawn), target, net, labels)
-        floors, _ = measure(net(real), target, net, images.train_labels[order])
+        floors, _ = measure(net(images.train[order]), target, net, images.train_labels[order])
         for key, value in values.items():
-            metrics[key] = {"value": value, "floor": floors.get(key), **common, "feature_net": net.name,
+            metrics[key] = {"value": value, "floor": floors[key], **common, "feature_net": net.name,
                             "feature_net_sha256": net.digest} | ({"reason": reasons[key]} if key in reasons else {})
-    else:
-        metrics["fid"] = {"value": None, "reason": reason}
     distances = nearest_distance(reference, images.train)
     threshold = torch.quantile(distances, 0.01)
     near = [(d < threshold).float().mean().item() for d in (nearest_distance(drawn, images.train), distances)]
@@ -1822,24 +1925,23 @@ def evaluate_samples(options: EvaluateOptions, model: ImageModel, images: Images
             "images_per_second": round(count / seconds, 1), "metrics": metrics}
 
 
-def evaluate_model(options: EvaluateOptions, model: ImageModel, state: dict, path: Path,
+def evaluate_model(options: MeasureOptions, model: ImageModel, state: dict, path: Path,
                    images: Images) -> dict[str, Any]:
     """All that can be measured of a model."""
     started, device = time.perf_counter(), next(model.parameters()).device
-    seconds = [r["seconds"] for r in state["history"] if "seconds" in r]
+    seconds = [None, *(r["seconds"] for r in state["history"] if "seconds" in r)]
     report = {"model": family_name(type(model)), "checkpoint": str(path), "checkpoint_sha256": file_digest(path),
-              "parameters": sum(p.numel() for p in model.parameters()),
-              "training_seconds": state.get("seconds", seconds[-1] if seconds else None),
-              "training_made": state["made"], "dataset": model.data.title,
+              "parameters": sum(p.numel() for p in model.parameters()), "training_made": state["made"],
+              "training_seconds": state.get("seconds", seconds[-1]), "dataset": model.data.title,
               "seed": model.config.seed, "device": str(device),
-              "precision": str(model.precision).removeprefix("torch.")} | model.describe_sampling()
+              "precision": str(model.precision).removeprefix("torch."), "metrics": {}} | model.describe_sampling()
     if model.can_sample:
         report |= evaluate_samples(options, model, images) | drawing_speed(model)
-    else:
-        report["metrics"] = {}
     if model.measures_held_out:
-        figures, count = held_out(model, images, device, len(images.test)), len(images.test)
-        report["metrics"] |= {k: {"value": v, "n": count, "reference": "test"} for k, v in figures.items()}
+        count = len(images.test)
+        report["metrics"] |= {k: {"value": v, "n": count, "reference": "test"}
+                              for k, v in held_out(model, images, device, count).items()}
+        report["metrics"] |= model.more_figures(images, device)
     return report | {"seconds": round(time.perf_counter() - started, 1), "machine": provenance()}
 
 
@@ -1857,19 +1959,6 @@ def print_report(report: dict[str, Any], path: Path) -> None:
     say(f"-> {path}")
 
 
-# --- between epochs
-
-
-@dataclass(frozen=True)
-class TrainSampling(MeasureOptions):
-    """Flags of training a family that draws."""
-    num_samples: int = option(16, "sampling", "images in each epoch's picture", number(int, 1, 400))
-    sample_batch: int = option(250, "sampling", "images drawn at once, bounds the memory", number(int, 1))
-    label: str | None = option(None, "sampling", "classes to draw, in turn, e.g. 7 or 0,1,2 (default: all)", str)
-    eval_samples: int | None = option(None, "evaluation", "images to measure between epochs (default: 400, or the "
-                                      "size of a smaller test set)", number(int, 2))
-
-
 class Between:
     """What happens between epochs, on the main process alone: averaged weights draw, and are measured such that it
     costs at most a tenth of the work of training."""
@@ -1882,13 +1971,11 @@ class Between:
         if model.config.batch_size > len(images.train):
             self.notes.append(f"--batch_size {model.config.batch_size} is more than there are images: using "
                               f"{len(images.train)}")
-        if not model.can_sample:
-            return
-        self.options = command.options(TrainSampling)
-        self.labels, self.names = pick_labels(self.options.label, model)
-        earlier = (command.state or {}).get("run", {}).get("feature_net_sha256")
-        if world.main:
-            self.prepare(model, images, world, earlier)
+        if model.can_sample:
+            self.options = command.options(TrainSampling)
+            self.labels, self.names = pick_labels(self.options.label, model)
+            if world.main:
+                self.prepare(model, images, world, (command.state or {}).get("run", {}).get("feature_net_sha256"))
 
     def prepare(self, model: ImageModel, images: Images, world: World, earlier: str | None) -> None:
         """Find the net, and measure as many real training images once: the floor of every later figure."""
@@ -1899,9 +1986,9 @@ class Between:
                 raise
             net, reason = None, str(error)
         if net and earlier not in (None, net.digest):
+            self.remembered = {"feature_net_sha256": earlier}
             net, reason = None, (f"{net.name} is another file ({net.digest[:12]}) than this run was measured by so far "
                                  f"({earlier[:12]})")
-            self.remembered = {"feature_net_sha256": earlier}
         if net is None:
             self.notes.append(f"no FID while training: {reason}")
             return
@@ -1923,9 +2010,9 @@ class Between:
         labels = proportional_labels(model.data, self.count, model.labelled)
         drawn = generate_all(model, labels, self.count, 250, f"measuring epoch {epoch}")
         scores, _ = measure(self.net(drawn), self.reference, self.net, quick=True)
+        shown = {k: (v, self.floors.get(f"real_{k}")) for k, v in scores.items() if k.startswith(("fid", "is_"))}
         say(f"{self.count} samples of epoch {epoch}: " + ", ".join(
-            f"{k} {v:.4g} (real {self.floors['real_' + k]:.4g})" for k, v in scores.items()
-            if k.startswith(("fid", "is_")) and None not in (v, self.floors.get("real_" + k))))
+            f"{k} {v:.4g} (real {real:.4g})" for k, (v, real) in shown.items() if None not in (v, real)))
         return scores | self.floors | self.remembered | {"eval_samples": self.count}
 
     def draw(self, trainer: Trainer, epoch: int) -> None:
@@ -1933,11 +2020,11 @@ class Between:
         milestone = epoch in (1, 5) or last or epoch % model.panel_every == 0
         if model.can_sample and milestone:
             drawn = generate_all(model, self.labels, self.options.num_samples, self.options.sample_batch)
-            grid_image(drawn, trainer.results / f"epoch_comparisons/samples_epoch_{epoch:03d}.png",
-                       title_of(model, f"epoch {epoch}"), self.names)
+            pictures = {f"epoch_comparisons/samples_epoch_{epoch:03d}.png": (f"epoch {epoch}",)}
             if last:
-                grid_image(drawn, trainer.results / "final_samples.png",
-                           title_of(model, f"after {epoch} epochs", sampling_title(model)), self.names)
+                pictures["final_samples.png"] = f"after {epoch} epochs", sampling_title(model)
+            for name, words in pictures.items():
+                grid_image(drawn, trainer.results / name, title_of(model, *words), self.names)
         if milestone or epoch < 20:  # an epoch of a small dataset is shorter than drawing a chart
             draw_curves(trainer)
 
@@ -2040,22 +2127,25 @@ def draw_curves(trainer: Trainer) -> None:
 # === subject ===
 # What the machine room must know of images.
 
-MOST_SAMPLES = 1_000_000
+sample_count = number(int, 1, 1_000_000)  # as many as names of six digits tell apart
 
 
-def sample_count(text: str) -> int:
-    count = number(int, 1)(text)
-    if count > MOST_SAMPLES:
-        raise argparse.ArgumentTypeError(f"{text}: at most {MOST_SAMPLES:,} at a time, as many as names of six digits "
-                                         "tell apart and a folder bears; for more of them give another --seed")
-    return count
+@dataclass(frozen=True)
+class Nothing:
+    """No flags of its own."""
+
+
+@dataclass(frozen=True)
+class TrainSampling(MeasureOptions):
+    """Flags of --mode train for a family that draws."""
+    num_samples: int = option(16, "sampling", "images in each epoch's picture", number(int, 1, GRID))
+    label: str | None = option(None, "sampling", "classes to draw, in turn, e.g. 7 or 0,1,2 (default: all)", str)
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """Flags of --mode infer for any family."""
-    export: Path | None = option(None, "run", "also write the averaged weights alone, in half precision, to this file",
-                                 Path)
+    export: Path | None = option(None, "run", "also write the averaged weights, in half precision, here", Path)
 
 
 @dataclass(frozen=True)
@@ -2067,8 +2157,8 @@ class InferOptions(ExportOptions):
 
 
 @dataclass(frozen=True)
-class Nothing:
-    """No flags of its own."""
+class ClassifyOptions(ExportOptions):
+    input: tuple[Path, ...] | None = option(None, "sampling", "image files to name the classes of", Path, nargs="+")
 
 
 @dataclass(frozen=True)
@@ -2077,22 +2167,16 @@ class WhichDataset:
 
 
 DiffusionModel.options = VaeModel.options = GanModel.options = {
-    "train": TrainSampling, "infer": InferOptions, "evaluate": EvaluateOptions}
-Classifier.options = {"train": Nothing, "infer": ExportOptions, "evaluate": Nothing}
+    "train": TrainSampling, "infer": InferOptions, "evaluate": MeasureOptions}
+Classifier.options = {"train": Nothing, "infer": ClassifyOptions, "evaluate": Nothing}
 
 
 def named_classes(text: str, classes: Sequence[str]) -> list[str]:
-    """The classes in a comma-separated list; a name may itself hold commas: the longest that fits is taken."""
-    words, chosen = text.split(","), []
-    while words:
-        for length in range(len(words), 0, -1):
-            if (name := ",".join(words[:length])) in classes or (name := name.strip()) in classes:
-                break
-        else:
-            raise UserError(f"--label {words[0].strip()}: the classes are {', '.join(classes[:20])}", 2)
-        chosen.append(name)
-        words = words[length:]
-    return chosen
+    """The classes in a comma-separated list; the one whose name holds commas stands alone."""
+    names = [text] if text in classes else [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in classes]:
+        raise UserError(f"--label {unknown[0]}: the classes are {', '.join(classes[:20])}", 2)
+    return names
 
 
 def pick_labels(text: str | None, model: ImageModel) -> tuple[Tensor | None, list[str] | None]:
@@ -2141,7 +2225,7 @@ class ImageSubject:
     def prepare(self, command: Command, world: World) -> int:
         images = self.load(command, world)
         if world.main:
-            say(f"{images.title}: {len(images.train)} training and {len(images.test)} test images are ready")
+            say(f"ready: {images.describe()}")
         return 0
 
     def between(self, command: Command, model: ImageModel, data: Images, world: World) -> Between:
@@ -2150,16 +2234,14 @@ class ImageSubject:
     def infer(self, command: Command, world: World) -> int:
         """--mode infer: draw images."""
         model, options = command.model(world), command.options(InferOptions)
-        if not (model.can_sample or options.export):
-            model.sample(None, Noise(0, [0], world.device))
+        if not model.can_sample:
+            return self.classify(model, command)
         results = results_folder(command.results())
-        labels, names = pick_labels(options.label, model) if model.can_sample else (None, None)
+        labels, names = pick_labels(options.label, model)
         shipped = " (the shipped weights)" if command.path.parent == HERE / "pretrained" else ""
         say(f"{title_of(model)} from {command.path}{shipped}")
         if options.export:
             export_model(model, command.state, options.export)
-            if not model.can_sample:
-                return 0
         output, count, shown = options.output_dir and results_folder(options.output_dir), options.num_samples, []
         digits, started = max(5, len(str(count - 1))), time.perf_counter()
         for numbers, images in generate(model, labels, count, options.sample_batch,
@@ -2177,11 +2259,26 @@ class ImageSubject:
             + f"\n{seconds:.2f} s, {count / seconds:.1f} images/s on {world.device}")
         return 0
 
+    @torch.no_grad()
+    def classify(self, model: Classifier, command: Command) -> int:
+        """--mode infer of a classifier: the likeliest classes of image files."""
+        options = command.options(ClassifyOptions)
+        if options.export:
+            export_model(model, command.state, options.export)
+        elif not options.input:
+            raise UserError("--model classifier names what is in pictures: give some with --input", 2)
+        for path in options.input or ():
+            image = own_images([path], model.data).to(next(model.parameters()).device)
+            best = model(to_float(image))[1].softmax(1)[0].topk(min(3, len(model.data.classes)))
+            say(f"{path}: " + ", ".join(f"{model.data.classes[k]} {share:.1%}" for share, k in
+                                        zip(best.values.tolist(), best.indices.tolist(), strict=True)))
+        return 0
+
     def evaluate(self, command: Command, world: World) -> int:
         """--mode evaluate: every metric with its floor (real training images in the place of the model's)."""
         model, images = command.model(world), self.trained_on(command)
         results = results_folder(command.results())
-        report = evaluate_model(command.options(EvaluateOptions), model, command.state, command.path, images)
+        report = evaluate_model(command.options(MeasureOptions), model, command.state, command.path, images)
         write_json(results / "evaluation.json", report)
         print_report(report, results / "evaluation.json")
         return 0
