@@ -14,8 +14,7 @@ PANELS = (("snr_db", "SNR, dB (higher is better)"), ("mel_mse", "MSE of the stan
           ("pesq_wb", "PESQ wide-band (higher is better)"))
 STEMS = ("vocals", "mixture")
 BASELINES = {"without_network_largest_lines": "largest lines + index",
-             "without_network_largest_runs": "largest runs + index",
-             "without_network_lowest_lines": "lowest lines", "without_network_pca": "PCA"}
+             "without_network_largest_runs": "largest runs + index"}
 
 
 def row_of(report: dict) -> str:
