@@ -198,6 +198,7 @@ class Family(nn.Module, abc.ABC):
     held_out_count = 1000  # held-out examples that are looked at after each epoch
     betas = (0.9, 0.99)  # AdamW's memory of gradients and of their squares
     fixed: dict[str, tuple] = {}  # options that are gone, and the values that a file which has them may hold
+    older: dict[str, Any] = {}  # options that are new, and what a file without them means
 
     def __init__(self, config: Any, data: DataInfo) -> None:
         super().__init__()
@@ -968,7 +969,7 @@ def restore_model(state: dict, **changes: Any) -> Family:
         for name, values in family.fixed.items():
             if state["config"].get(name, values[0]) not in values:
                 raise ValueError(f"it was made with --{name} {state['config'][name]}, which is no more")
-        config = family.config_class(**known_fields(family.config_class, state["config"]) | changes)
+        config = family.config_class(**family.older | known_fields(family.config_class, state["config"]) | changes)
         model = family(config, DataInfo(**known_fields(DataInfo, state["data"])))
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state["ema"].items()})
         if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
@@ -1309,10 +1310,13 @@ def read_audio(path: Path, flag: str = "--input", stem: str = "mixture") -> Tens
 def read_mono(path: Path) -> tuple[Tensor, int]:
     """What soundfile reads -> the mean of its channels, float32 [L], and the rate"""
     import soundfile
-    blocks = [np.zeros(0, np.float32)]
+    blocks, energy = [np.zeros(0, np.float32)], np.zeros(2)  # of the channels, of their mean
+    if missing := missing_bytes(path):
+        raise ValueError(f"it is truncated, {missing} bytes of the sound that its header promises are missing")
     with soundfile.SoundFile(path) as file:
         while len(block := file.read(1 << 18, dtype="float32", always_2d=True)):
             blocks.append(block.mean(1))
+            energy += np.square(block, dtype=float).mean(1).sum(), np.square(blocks[-1], dtype=float).sum()
         audio = np.concatenate(blocks)
         if not len(audio):
             raise ValueError("it holds no samples")
@@ -1322,7 +1326,23 @@ def read_mono(path: Path) -> tuple[Tensor, int]:
             raise ValueError("it holds NaN or infinite samples")
         if not 1000 <= file.samplerate <= 1_000_000:
             raise ValueError(f"it claims {file.samplerate} Hz")
+        if energy[1] < 0.01 * energy[0]:
+            say(f"warning: {path}: its channels cancel each other, their mean is "
+                f"{10 * math.log10(energy[0] / max(energy[1], 1e-20)):.0f} dB below them: give it as mono", sys.stderr)
         return torch.from_numpy(audio), file.samplerate
+
+
+def missing_bytes(path: Path) -> int:
+    """How much of its sound a WAV file lacks, which libsndfile would not say; 0 for streams of unknown length."""
+    with open(path, "rb") as file:
+        if file.read(12)[::11] != b"RE":  # "RIFF....WAVE"
+            return 0
+        while len(head := file.read(8)) == 8:
+            size = int.from_bytes(head[4:], "little")
+            if head[:4] == b"data":
+                return max(0, file.tell() + size - path.stat().st_size) if size < 0x7FFF0000 else 0
+            file.seek(size + size % 2, 1)
+    return 0
 
 
 def need_ffmpeg(what: Any) -> None:
@@ -1531,8 +1551,8 @@ def fetch(url: str, part: Path) -> None:
     idle, reason = 0, ""
     while idle < 5:
         have = before = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "audio_gen.py"})
         try:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "audio_gen.py"})
             with urllib.request.urlopen(request, timeout=30) as answer:
                 have = have if answer.status == 206 else 0  # a server that does not know ranges sends all of it
                 total = have + int(answer.headers["Content-Length"] or 0)

@@ -4,6 +4,7 @@
     python explore.py reconstruct --model vae           held-out images, and what their codes keep
     python explore.py interpolate --model gan           from one noise to another, strip and GIF
     python explore.py compare A.pt B.pt C.pt            models side by side, between floors and ceilings
+    python explore.py fid FOLDER mnist                  pictures, whoever drew them, beside others
 
 There is no model code here. Each task has flags of its own (`explore.py TASK --help`) and writes TASK.png and TASK.json
 into the results folder of the model. `grep '^# ===' explore.py` prints the contents.
@@ -94,6 +95,15 @@ class CompareOptions(ig.DataOptions, ig.EvaluateOptions):
     eval_samples: int | None = ig.option(None, "evaluation", "images to measure of each model (default: 2,000, or the "
                                          "size of a smaller test set)", ig.number(int, 2))
     checkpoints: Any = ig.option(None, "run", "files of the models to compare; also without the flag", Path, nargs="+")
+
+
+@dataclass(frozen=True)
+class FidOptions(ig.MeasureOptions):
+    dataset: str | None = ig.option(None, "evaluation", "whose classifier measures (default: of the dataset that is "
+                                    "named, else one that fits the pictures)", choices=ig.DATASETS[:-1])
+    data_root: Path | None = ig.option(None, "data", "folder with the files of the datasets that are named", Path)
+    results_dir: Path | None = ig.option(None, "run", "folder to write to; else results/ beside this script", Path)
+    device: str = ig.option("auto", "run", "auto, cpu, cuda, cuda:N or mps", str)
 
 
 # === pictures ===
@@ -215,7 +225,7 @@ class Scene:
                 raise ig.UserError(f"--{name} has no effect with --input: leave one of them out", 2)
         if not least <= len(paths) <= (most or len(paths)):
             raise ig.UserError(f"--input: {self.task} takes {least} file(s), not {len(paths)}", 2)
-        return own_images(paths, self.model.data), [path.name for path in paths]
+        return ig.own_images(paths, self.model.data), [path.name for path in paths]
 
     def codes(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [N C H W] -> mean and log variance of q(z|x) on the CPU, [N D] each"""
@@ -249,14 +259,6 @@ class Scene:
                              "dataset": self.model.data.title, "seed": self.model.config.seed}
                       | report | {"machine": ig.provenance()})
         return path
-
-
-def own_images(paths: Sequence[Path], data: ig.DataInfo) -> Tensor:
-    """Files of any size and mode -> uint8 [N C H W] as the model knows them: cropped, resized, grey or colour."""
-    from PIL import ImageOps
-    size, mode = (data.image_size,) * 2, "L" if data.channels == 1 else "RGB"
-    arrays = [np.asarray(ImageOps.fit(ig.open_image(path).convert(mode), size)) for path in paths]
-    return torch.from_numpy(np.stack(arrays)).reshape(len(arrays), *size, data.channels).permute(0, 3, 1, 2)
 
 
 def levels_apart(a: Tensor, b: Tensor) -> Tensor:
@@ -354,7 +356,7 @@ def bits_and_errors(scene: Scene, images: Tensor) -> dict[str, Tensor]:
         x = ig.to_float(part.to(scene.device))
         batch = ig.Batch(x, torch.zeros(len(x), dtype=torch.long, device=scene.device),
                          ig.Draw(scene.model.config.seed, number, len(x), slice(None), scene.device))
-        error, kl, _ = scene.model.bound(batch)
+        error, kl, *_ = scene.model.bound(batch)
         squared = ((scene.model.reconstruct(x) - x) / 2).square().flatten(1).mean(1)
         for name, value in (("mse", squared), ("reconstruction_nats", error), ("kl_nats", kl)):
             parts.setdefault(name, []).append(value.float().cpu())
@@ -803,6 +805,134 @@ def draw_comparison(names: Sequence[str], reports: Sequence[dict], drawn: Sequen
     plt.close(plotted)
 
 
+# === fid ===
+
+NAMED = ig.DATASETS[:-1]  # sets of images that have a name; all others are folders
+PAIRWISE = 2 ** 31  # pixels; sets of more are not compared picture by picture
+
+
+@dataclass
+class PictureSet:
+    name: str
+    images: Tensor  # uint8 [N C H W]
+    first: str  # what to call its first image in a message
+    floor: Tensor | None = None  # the other split of a dataset
+
+
+def read_pictures(name: str, root: Path | None) -> PictureSet:
+    """`mnist`, `mnist:train`, or a folder: also one that a script wrote; colour if any picture is."""
+    dataset, _, split = name.partition(":")
+    if dataset in NAMED:
+        if split not in ("", "train", "test"):
+            raise ig.UserError(f"{name}: there are {dataset}:train and {dataset}, which is its test images", 2)
+        images = ig.load_images(ig.DataOptions(dataset, None if dataset == "digits" else root))
+        both = (images.train, images.test) if split == "train" else (images.test, images.train)
+        return PictureSet(f"{images.title}, {split or 'test'} images", both[0], images.title, both[1])
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ig.UserError(f"{name} is neither a folder of pictures nor a dataset ({', '.join(NAMED)})", 2)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ig.IMAGE_SUFFIXES
+                   and path.is_file() and not path.name.startswith("."))
+    if not paths:
+        raise ig.UserError(f"{name} holds no picture ({', '.join(sorted(ig.IMAGE_SUFFIXES))})")
+    arrays: list[np.ndarray] = []
+    for path in paths:
+        arrays.append(np.asarray(ig.open_image(path)))
+        same_size(str(path), arrays[-1].shape, str(paths[0]), arrays[0].shape)
+    depth = max(3 if array.ndim == 3 else 1 for array in arrays)
+    planes = [np.broadcast_to(a[..., None] if a.ndim == 2 else a, (*a.shape[:2], depth)) for a in arrays]
+    return PictureSet(name, torch.from_numpy(np.stack(planes)).permute(0, 3, 1, 2).contiguous(), str(paths[0]))
+
+
+def same_size(name: str, shape: Sequence[int], other: str, usual: Sequence[int]) -> None:
+    """Both shapes begin with height and width."""
+    if tuple(shape[:2]) != tuple(usual[:2]):
+        raise ig.UserError(f"{name} has {shape[1]} x {shape[0]} pixels, {other} has {usual[1]} x {usual[0]}: pictures "
+                           "of one size are needed")
+
+
+def fitting_net(options: FidOptions, names: Sequence[str], images: Tensor, device: torch.device) -> ig.FeatureNet:
+    """The net that was asked for, or a classifier that knows pictures of this kind."""
+    if options.fid_features == "inception":
+        return ig.inception_net(options.inception_weights, device)
+    if options.inception_weights:
+        raise ig.UserError("--inception_weights belongs to --fid_features inception", 2)
+    named = options.dataset or next((d for name in reversed(names) if (d := name.partition(":")[0]) in NAMED), None)
+    usual = [path for name in ([named] if named else NAMED) for path in (
+        ig.SUBJECT.shipped("classifier", name), ig.HERE / "models" / f"classifier_{name}.pt") if path.exists()]
+    channels, height, width = images.shape[1:]
+    for path in [options.classifier] if options.classifier else usual:
+        data = ig.load_checkpoint(path)["data"]
+        if options.classifier or (channels, height, width) == (data["channels"], *[data["image_size"]] * 2):
+            if height != width:
+                raise ig.UserError(f"a classifier takes square pictures, these have {width} x {height} pixels: use "
+                                   "--fid_features inception")
+            return ig.classifier_net(path, device, ig.DataInfo(**ig.known_fields(ig.DataInfo, data) | {
+                "title": "the set of pictures", "channels": channels, "image_size": height}))
+    raise ig.UserError(f"no classifier{f' of {named}' if named else ''} knows {'colour' if channels == 3 else 'grey'} "
+                       f"pictures of {width} x {height} pixels: name one with --classifier (--model classifier trains "
+                       "one), or use --fid_features inception")
+
+
+def near_copies(a: Tensor, b: Tensor) -> dict[str, Any]:
+    """Share of a's pictures nearer to one of b's than the nearest hundredth of b's own are to each other."""
+    if len(b) < 2 or max(len(a), len(b)) * b[0].numel() > PAIRWISE:
+        return {"value": None, "reason": "needs two pictures" if len(b) < 2 else "too many pixels to compare all pairs"}
+    columns = b.flatten(1).float()
+    lengths, own = columns.square().sum(1), []
+    for rows in torch.arange(len(b)).split(500):
+        squares = lengths - 2 * columns[rows] @ columns.T + lengths[rows, None]
+        squares[torch.arange(len(rows)), rows] = torch.inf  # but for itself
+        own.append(squares.min(1).values)
+    distances = torch.cat(own).clamp(min=0).sqrt()
+    threshold = torch.quantile(distances, 0.01)
+    return {"value": (ig.nearest_distance(a, b) < threshold).float().mean().item(), "threshold": threshold.item(),
+            "floor": (distances < threshold).float().mean().item(), "definition": "share of A's pictures nearer to one "
+            "of B's (Euclidean distance of pixels) than the nearest hundredth of B's pictures is to another of B's; "
+            "the floor is B's own share"}
+
+
+def fid(words: Sequence[str]) -> int:
+    """How far the pictures A are from the pictures B: folders, or datasets by name (mnist, or mnist:train)."""
+    parser = ig.Parser(dataclasses.fields(FidOptions), prog="explore.py fid", description=fid.__doc__)
+    for name in "AB":
+        parser.add_argument(name, help="folder of pictures, or dataset")
+    given = vars(parser.parse_intermixed_args(list(words)))
+    names = given.pop("A"), given.pop("B")
+    options = FidOptions(**given)
+    if options.data_root and not any(name.partition(":")[0] in {*NAMED} - {"digits"} for name in names):
+        raise ig.UserError("--data_root has no effect: no dataset that is read from files is named", 2)
+    device, results = ig.pick_device(options.device), ig.results_folder(options.results_dir or ig.HERE / "results")
+    a, b = (read_pictures(name, options.data_root) for name in names)
+    same_size(b.first, b.images.shape[2:], a.first, a.images.shape[2:])
+    depth = max(a.images.shape[1], b.images.shape[1])  # grey pictures pass as colour beside colour
+    a.images, b.images = (part.images.expand(-1, depth, -1, -1) for part in (a, b))
+    net = fitting_net(options, names, a.images, device)
+    ig.say(f"{a.name} ({len(a.images)}) against {b.name} ({len(b.images)}), by {net.describe()}")
+    reference = net(b.images)
+    values, reasons = ig.measure(net(a.images), reference, net)
+    floors: dict[str, float | None] = {}
+    if b.floor is not None:
+        rows = ig.some_rows(b.floor, len(a.images))
+        floors, _ = ig.measure(net(b.floor[rows].expand(-1, depth, -1, -1)), reference, net)
+    common = {"n": len(a.images), "n_reference": len(b.images), "reference": b.name}
+    measured = {"feature_net": net.name, "feature_net_sha256": net.digest}
+    metrics = {key: {"value": values[key], "floor": floors.get(key)} | common | measured
+               | ({"reason": reasons[key]} if key in reasons else {})
+               for key in values if key.startswith(("fid", "kid", "is_", "precision", "recall"))}
+    metrics["near_copies"] = near_copies(a.images, b.images) | common
+    ig.write_json(results / "fid.json", {
+        "task": "fid", "a": a.name, "b": b.name, "n": common["n"], "n_reference": common["n_reference"], **measured,
+        "floor": None if b.floor is None else "as many images of B's other split", "metrics": metrics,
+        "machine": ig.provenance()})
+    ig.say(f"{'metric':34}{'value':>12}{'floor':>12}")
+    for key, entry in metrics.items():
+        cells = ["-" if entry.get(k) is None else f"{entry[k]:.4f}" for k in ("value", "floor")]
+        ig.say(f"{key:34}{cells[0]:>12}{cells[1]:>12}" + (f"  ({entry['reason']})" if "reason" in entry else ""))
+    ig.say(f"-> {results / 'fid.json'}")
+    return 0
+
+
 # === start ===
 
 ENCODING = [key for key, family in ig.FAMILIES.items() if hasattr(family, "encode")]
@@ -844,13 +974,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if argv is None else argv)
         task = words.pop(0) if words else "--help"
         if task in ("-h", "--help"):
-            ig.say(__doc__.split("References")[0].strip() + "\n\ntasks: " + ", ".join((*TASKS, "compare")))
+            ig.say(__doc__.split("References")[0].strip() + "\n\ntasks: " + ", ".join((*TASKS, "compare", "fid")))
             return 0
+        if task == "fid":
+            return fid(words)
         if task == "compare":
             named = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
             return compare((["--checkpoints", *named] if named else []) + words[len(named):])
         if task not in TASKS:
-            raise ig.UserError(f"unknown task {task}: choose from {', '.join((*TASKS, 'compare'))}", 2)
+            raise ig.UserError(f"unknown task {task}: choose from {', '.join((*TASKS, 'compare', 'fid'))}", 2)
         return look(task, words)
 
     return ig.guarded(run)

@@ -569,6 +569,8 @@ class DiffusionConfig(RunConfig):
     levels: int = option(2, "model", "resolutions; the width doubles at each", number(int, 1, 5))
     blocks: int = option(2, "model", "residual blocks per level, each way", number(int, 1, 16))
     label_dropout: float = option(0.1, "model", "share of labels that are hidden, for guidance", number(float, 0, 1))
+    teacher_guidance: float = option(1.12, "model", "of the model in --init, which consistency learns with it",
+                                     number(float, 0, 100))
     sampler: str | None = option(None, "sampling", "ddim, dpm++ (2M) or consistency (default: as the objective needs: "
                                  "dpm++, consistency)", choices=tuple(SAMPLERS))
     steps: int | None = option(None, "sampling", "default: 8, consistency 2", number(int, 1, TIMESTEPS))
@@ -696,14 +698,15 @@ class DiffusionModel(ImageModel):
         """The network's flow becomes the mean one from t down to 0 ([Song23]; the gap shrinks over the run, [Geng24]):
         the teacher steps from t to r, whence the network's own estimate, held fixed, is the target. Pseudo-Huber."""
         times = ((1.6 * batch.draw.normal() + 0.4).sigmoid() * TIMESTEPS).round().clamp(3, TIMESTEPS)
-        times = times.masked_fill(times > 997, TIMESTEPS).long()
-        gap = 0.5 * 0.25 ** batch.progress  # share of the way: from a half to an eighth
+        first = (times > 997) | (batch.draw.uniform() < 0.05)  # where drawing begins
+        times = times.masked_fill(first, TIMESTEPS).long()
+        gap = 0.5 * 0.125 ** batch.progress  # share of the way: from a half to a sixteenth
         earlier = (times * (1 - gap)).round().long()
         earlier = earlier.masked_fill(earlier < 2, 0)
         x, _ = self.noisy(batch, times)
         sigma, rest = (self.sigmas[t][:, None, None, None] for t in (times, earlier))
         with torch.no_grad(), self.cast():
-            flow = self.teacher()(x, times, labels).float()
+            flow = self.teacher().guided(x, times, labels, self.config.teacher_guidance)
             onward = self(x - (sigma - rest) * flow, earlier.clamp(min=1), labels).float()
         with self.cast():
             prediction = self(x, times, labels).float()
@@ -737,21 +740,22 @@ class DiffusionModel(ImageModel):
                     if len(quarter)}
         return {"val_loss": errors.mean().item()} | quarters
 
+    def guided(self, x: Tensor, times: Tensor, labels: Tensor, scale: float) -> Tensor:
+        """The flow, led away from what it would be without label ([HoSal22]); twice the work unless `scale` is 1."""
+        if scale == 1 or not self.classes:
+            return self(x, times, labels).float()
+        nothing = torch.full_like(labels, self.classes)
+        both = self(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, nothing])).float()
+        with_label, without = both.chunk(2)
+        return without + scale * (with_label - without)
+
     def denoiser(self, labels: Tensor | None, count: int) -> Denoiser:
         """The function that samplers call: the guided estimate of the clean image, clipped to [-1, 1]."""
-        device, scale = self.alphas.device, self.config.guidance
-        nothing = torch.full((count,), self.classes, device=device)
-        labels = nothing if labels is None or not self.classes else labels
-        guided = scale != 1 and labels is not nothing
+        labels = torch.full((count,), self.classes, device=self.alphas.device) if labels is None or not self.classes \
+            else labels
 
         def denoise(x: Tensor, t: int) -> Tensor:
-            times = torch.full((count,), t, device=device)
-            if guided:
-                both = self(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, nothing])).float()
-                with_label, without = both.chunk(2)
-                flow = without + scale * (with_label - without)
-            else:
-                flow = self(x, times, labels).float()
+            flow = self.guided(x, torch.full((count,), t, device=x.device), labels, self.config.guidance)
             alpha, sigma = self.noise_schedule.alphas[t].item(), self.noise_schedule.sigmas[t].item()
             return ((x - sigma * flow) / (alpha + sigma)).clamp(-1, 1)  # both equations, solved for the image
 

@@ -139,6 +139,26 @@ def hq_root(root, train=("A", "B", "C"), test=("D",), seconds=1.0) -> Path:
 # --- reading files
 
 
+def test_file_that_ends_early_is_refused_and_streams_of_unknown_length_are_not():
+    path = save(Path("a.wav"), tone(2, 440))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-RATE * 4])
+    with error("a.wav", "truncated", "64000 bytes"):
+        ag.read_audio(path)
+    place = whole.index(b"data") + 4
+    path.write_bytes(whole[:place] + b"\xff\xff\xff\xff" + whole[place + 4:-RATE * 4])  # what ffmpeg writes into a pipe
+    assert len(ag.read_audio(path)) == RATE
+
+
+def test_channels_that_cancel_each_other_are_told(capsys):
+    one = tone(1)
+    for gain, told in ((-1, True), (1, False), (-0.5, False), (0, False), (-0.9, True)):
+        ag.read_audio(save(Path("a.wav"), np.concatenate([one, gain * one], 1)))
+        assert ("a.wav: its channels cancel" in capsys.readouterr().err) is told
+    ag.read_audio(save(Path("a.wav"), np.zeros((100, 2))))
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rate", [8_000, 44_100, 192_000, 44_101, 12_347])
 def test_a_tone_keeps_its_pitch_length_and_level_at_any_rate(rate):
     audio = ag.read_audio(save(Path("a.wav"), tone(2, 1_000, rate), rate))

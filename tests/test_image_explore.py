@@ -32,6 +32,7 @@ from test_image_gen import (  # noqa: F401 (fixtures are taken by name)
     classifier,
     folders,
     ig,
+    inception_weights,
     noisy_weights,
     ok,
     pixels,
@@ -95,8 +96,8 @@ def scene(checkpoint: Path, kind=ex.ReconstructOptions, **given):
 
 FLAGS = {"diffusion": ("--model", "diffusion", *SMALL), "gan": ("--model", "gan", "--width", 8),
          "vae": ("--model", "vae", "--width", 16, "--latent_dim", 8),
-         "mlp": ("--model", "vae", "--width", 8, "--network", "mlp", "--likelihood", "gaussian"),
-         "one": ("--model", "vae", "--width", 8, "--latent_dim", 1)}
+         "plain": ("--model", "vae", "--width", 8, "--prior", "normal", "--likelihood", "gaussian"),
+         "one": ("--model", "vae", "--width", 8, "--prior", "normal", "--latent_dim", 1)}
 
 
 @pytest.fixture(scope="module")
@@ -315,9 +316,9 @@ CELLS = {"interpolate": (3, 5), "reconstruct": (4, 8), "denoise": (8, 4)}  # row
 
 
 @pytest.mark.parametrize("name, kind", [(name, kind) for name in CAN for kind in FLAGS if (
-    kind if kind not in ("mlp", "one") else "vae") in CAN[name]])
+    kind if kind not in ("plain", "one") else "vae") in CAN[name]])
 def test_task_writes_a_picture_and_its_figures_and_nothing_else(name, kind, models):
-    """Also of a VAE with one number in its code, and of a fully connected one."""
+    """Also of a VAE with one number in its code, and of one without a learned prior."""
     more = ("--ood_root", foreign()) if name == "ood" else ()
     before = set(Path().rglob("*"))
     result = task(name, models[kind], *COUNTS[name], *more)
@@ -398,17 +399,18 @@ def test_way_from_noise_ends_in_what_sampling_draws(models, drawn):
 @pytest.mark.parametrize("sampler", sorted(ig.SAMPLERS))
 def test_watching_changes_nothing_and_sees_every_look(sampler):
     info, seen = dataclasses.replace(INFO, classes=list("ab"), class_counts=[1, 1]), []
-    model = noisy_weights(build("diffusion", info, sampler=sampler, steps=4)).eval()
+    objective = {"objective": "consistency", "init": "model.pt"} if sampler == "consistency" else {}
+    model = noisy_weights(build("diffusion", info, sampler=sampler, steps=4, **objective)).eval()
     labels = torch.tensor([0, 1])
     alone = model.sample(labels, ig.Noise(0, range(2), CPU))
     watched = model.sample(labels, ig.Noise(0, range(2), CPU), watch=lambda t, x, e: seen.append((t, x, e)))
     assert torch.equal(alone, watched)
-    looks = 7 if sampler == "heun" else 4
-    assert len(seen) == looks and seen[0][0] == model.noise_schedule.times(4)[0]
+    assert [t for t, _, _ in seen] == model.times() and len(seen) == 4
     denoise = model.denoiser(labels, 2)
     with model.cast(), torch.no_grad():
         torch.testing.assert_close(denoise(seen[1][1], seen[1][0]), seen[1][2])
-    torch.testing.assert_close(seen[-1][2], alone)  # the last estimate is the image
+    last = seen[-1][2]  # the estimate that is the image, but for traces on its black and white
+    torch.testing.assert_close(torch.where(last.abs() > ig.SETTLED, last.sign(), last), alone)
 
 
 def test_reconstruction_figures_are_those_by_hand(models, drawn):
@@ -513,10 +515,10 @@ def test_own_files_are_cropped_turned_grey_and_scaled():
     paths = [save("wide.png", wide), save("clear.png", np.zeros((8, 8, 4), np.uint8)),
              save("deep.png", np.full((8, 8), 65535, np.uint16)), save("dot.png", np.full((1, 1), 77, np.uint8)),
              save("red.png", np.full((9, 9, 3), (255, 0, 0), np.uint8))]
-    grey = ex.own_images([Path(path) for path in paths], INFO)
+    grey = ig.own_images([Path(path) for path in paths], INFO)
     assert grey.shape == (5, 1, 8, 8) and grey.dtype == torch.uint8
     assert [sorted(set(image.flatten().tolist())) for image in grey] == [[200], [255], [255], [77], [76]]
-    colour = ex.own_images([Path("red.png"), Path("dot.png")], dataclasses.replace(INFO, image_size=4, channels=3))
+    colour = ig.own_images([Path("red.png"), Path("dot.png")], dataclasses.replace(INFO, image_size=4, channels=3))
     assert colour[:, :, 0, 0].tolist() == [[255, 0, 0], [77, 77, 77]] and colour.shape == (2, 3, 4, 4)
 
 
@@ -635,7 +637,7 @@ def picture_model(name: str, images: list[np.ndarray], *flags) -> Path:
     return Path("model.pt")
 
 
-@pytest.mark.parametrize("flags", [("--likelihood", "gaussian"), ("--latent_dim", 1)])
+@pytest.mark.parametrize("flags", [("--likelihood", "gaussian"), ("--latent_dim", 1, "--prior", "normal")])
 def test_black_pictures_without_classes_go_through_every_task(flags):
     """Nothing differs from anything: no code, no error, no score, no class."""
     model = picture_model("black", [np.zeros((8, 8), np.uint8)] * 60, *flags)
@@ -719,14 +721,14 @@ def test_comparison_of_one_family_names_the_files(models):
     found = report("compare")["models"]
     assert list(found) == ["1 gan gan", "2 gan gan"]
     assert found["1 gan gan"]["metrics"] == found["2 gan gan"]["metrics"]
-    compared(models["mlp"], *flags)
+    compared(models["plain"], *flags)
     assert list(report("compare")["models"]) == ["vae"]
 
 
 def test_comparison_hands_each_family_its_own_flags(models):
-    compared(models["diffusion"], models["gan"], "--eval_samples", 4, "--sampler", "heun", "--seed", 9)
+    compared(models["diffusion"], models["gan"], "--eval_samples", 4, "--sampler", "ddim", "--seed", 9)
     found = report("compare")["models"]
-    assert found["diffusion"]["sampler"] == "heun" and "sampler" not in found["gan"]
+    assert found["diffusion"]["sampler"] == "ddim" and "sampler" not in found["gan"]
     assert [entry["seed"] for entry in found.values()] == [9, 9]
 
 
@@ -803,7 +805,7 @@ def test_task_that_a_family_can_not_do_names_those_that_can(name, kind, models, 
     (("interpolate", "--frames", 1), 2, ("--frames",)),
     (("reconstruct", "--input", "a.png", "--label", 3), 2, ("--label", "--input")),
     (("reconstruct", "--input", "a.png", "--num_samples", 3), 2, ("--num_samples", "--input")),
-    (("reconstruct", "--data_root", "."), 2, ("--data_root", "scikit-learn")),
+    (("reconstruct", "--data_root", "."), 2, ("--data_root", "digits")),
     (("reconstruct", "--sampler", "ddim"), 2, ("--sampler", "diffusion")),
     (("reconstruct", "--results_dir", "a.png"), 1, ("a.png", "file")),
     (("reconstruct", "--checkpoint", "nowhere.pt"), 1, ("nowhere.pt",)),
@@ -813,6 +815,130 @@ def test_wrong_use_is_one_error(words, code, expected, models):
         save(name, np.zeros((8, 8), np.uint8))
     assert_error(explore(words[0], models["vae"], *words[1:]), code, *expected)
     assert not list(Path("results").glob("*.png"))
+
+
+@pytest.fixture
+def measured_by(classifier):
+    """Puts the small classifier of digits (32 features) where the shipped ones lie."""
+    Path("script/pretrained").mkdir()
+    return shutil.copy(classifier, "script/pretrained/classifier_digits.pt")
+
+
+def pictures(folder: str, count: int = 3, size: tuple = (8, 8), start: int = 0) -> str:
+    """A folder of noise, grey [H W] or colour [H W 3]; `start` tells apart those of one size."""
+    Path(folder).mkdir(exist_ok=True)
+    for i in range(count):
+        save(f"{folder}/{i:03d}.png", np.random.default_rng(start + i).integers(0, 256, size, np.uint8))
+    return folder
+
+
+def fid(*words):
+    return conftest.call(ex, "fid", *words, "--results_dir", "results", "--device", "cpu")
+
+
+def fid_report(*words) -> dict:
+    result = fid(*words)
+    assert result.code == 0, result.err
+    found = report("fid")
+    for key, entry in found["metrics"].items():  # the table says the same
+        line, = (line for line in result.out.splitlines() if line.split()[0] == key)
+        assert line.split()[1] == ("-" if entry["value"] is None else f"{entry['value']:.4f}")
+        assert ("reason" in entry) == (entry["value"] is None)
+    return found
+
+
+def test_fid_of_folders_is_that_of_the_metrics(measured_by):
+    images = ig.load_digits()
+    for folder, split in (("drawn", images.train[:60]), ("real", images.test[:50])):
+        Path(folder).mkdir()
+        for i, image in enumerate(split):
+            save(f"{folder}/{i:03d}.png", image[0].numpy())
+    Path("drawn/.results").touch()  # a script has drawn them: what is not to be trained on may be measured
+    found = fid_report("drawn", "real")
+    net = ig.classifier_net(Path(measured_by), CPU, images.info())
+    values, _ = ig.measure(net(images.train[:60]), net(images.test[:50]), net)
+    for key in ("fid", "kid", "is", "precision", "recall"):
+        assert found["metrics"][f"{key}_digits_cnn"]["value"] == pytest.approx(values[f"{key}_digits_cnn"], rel=1e-6)
+    assert (found["n"], found["n_reference"], found["a"], found["b"]) == (60, 50, "drawn", "real")
+    assert found["feature_net"] == "digits_cnn" and found["feature_net_sha256"] == ig.file_digest(Path(measured_by))
+
+
+def test_fid_between_the_splits_of_a_dataset_is_the_floor(measured_by):
+    found = fid_report("digits:train", "digits")
+    assert (found["n"], found["n_reference"]) == (1437, 360)
+    for key in ("fid_digits_cnn", "precision_digits_cnn", "recall_digits_cnn"):  # what no subset is drawn for
+        assert found["metrics"][key]["value"] == pytest.approx(found["metrics"][key]["floor"], rel=1e-3), key
+    same = fid_report("digits", "digits:test")["metrics"]
+    assert same["fid_digits_cnn"]["value"] == pytest.approx(0, abs=1e-3) and same["fid_digits_cnn"]["floor"] > 0.1
+    assert same["precision_digits_cnn"]["value"] == same["recall_digits_cnn"]["value"] == 1
+    assert same["near_copies"]["value"] == 1
+
+
+def test_near_copies_are_those_nearer_than_the_set_is_to_itself():
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randint(0, 256, (300, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    new = torch.randint(0, 256, (40, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    copies = own[:10].clone()
+    copies[:, 0, 0, 0] ^= 1
+    found = ex.near_copies(torch.cat([new, copies]), own)
+    distances = torch.cdist(own.flatten(1).double(), own.flatten(1).double()).fill_diagonal_(math.inf).min(1).values
+    assert found["threshold"] == pytest.approx(distances.quantile(0.01).item(), rel=1e-4)
+    assert found["floor"] == pytest.approx(0.01, abs=0.005) and 0.2 <= found["value"] < 0.25
+    assert ex.near_copies(new, own[:1])["value"] is None
+
+
+def test_fid_by_inception_of_grey_beside_colour_that_are_not_square(inception_weights):
+    grey, colour = pictures("grey", 5, (7, 9)), pictures("colour", 6, (7, 9, 3))
+    found = fid_report(grey, colour, "--fid_features", "inception", "--inception_weights", inception_weights)
+    metrics = found["metrics"]
+    assert metrics["fid_inception"]["value"] is None and "2048" in metrics["fid_inception"]["reason"]
+    assert math.isfinite(metrics["kid_inception"]["value"]) and metrics["near_copies"]["value"] == 0
+    assert found["feature_net"] == "inception"
+
+
+def test_few_pictures_have_null_for_what_needs_more(measured_by):
+    metrics = fid_report(pictures("one", 1), pictures("two", 2))["metrics"]
+    for key in ("fid", "kid", "precision", "recall"):
+        assert metrics[f"{key}_digits_cnn"]["value"] is None
+    assert fid_report("two", "one")["metrics"]["near_copies"]["value"] is None
+
+
+def hostile_sets() -> None:
+    for name, count, size in (("a", 3, (8, 8)), ("wide", 3, (8, 9)), ("colour", 3, (8, 8, 3)), ("mixed", 3, (8, 8)),
+                              ("broken", 3, (8, 8)), ("big", 2, (28, 28, 3))):
+        pictures(name, count, size)
+    save("mixed/002.png", np.zeros((9, 8), np.uint8))
+    Path("broken/001.png").write_bytes(b"no picture")
+    Path("empty").mkdir()
+    Path("texts").mkdir()
+    Path("texts/readme.txt").write_text("nothing to see")
+
+
+@pytest.mark.parametrize("words, code, expected", [
+    ((), 2, ("A, B",)), (("a",), 2, ("B",)), (("a", "a", "a"), 2, ("a",)),
+    (("a", "nowhere"), 2, ("nowhere", "neither a folder", "cifar10")), (("a/000.png", "a"), 2, ("000.png", "neither")),
+    (("a", "empty"), 1, ("empty", "no picture", ".png")), (("texts", "a"), 1, ("texts", "no picture")),
+    (("a", "mixed"), 1, ("mixed/002.png", "8 x 9", "mixed/000.png", "8 x 8")),
+    (("a", "wide"), 1, ("wide/000.png", "9 x 8", "a/000.png", "8 x 8")),
+    (("wide", "wide"), 1, ("no classifier", "9 x 8", "inception")),
+    (("wide", "wide", "--classifier", "script/pretrained/classifier_digits.pt"), 1, ("square", "inception")),
+    (("a", "broken"), 1, ("broken/001.png", "can't be read")),
+    (("a", "colour"), 1, ("no classifier", "colour pictures of 8 x 8", "--classifier")),
+    (("colour", "digits"), 1, ("no classifier of digits", "colour")),
+    (("a", "big"), 1, ("big/000.png", "28 x 28", "a/000.png")),
+    (("digits", "big"), 1, ("big/000.png", "digits")), (("big", "big", "--dataset", "mnist"), 1, ("of mnist", "28")),
+    (("a", "a", "--classifier", "missing.pt"), 1, ("missing.pt",)),
+    (("colour", "a", "--classifier", "script/pretrained/classifier_digits.pt"), 1, ("channels", "--classifier")),
+    (("digits:valid", "a"), 2, ("digits:valid", "digits:train")),
+    (("a", "a", "--data_root", "a"), 2, ("--data_root",)), (("digits", "a", "--data_root", "a"), 2, ("--data_root",)),
+    (("a", "a", "--inception_weights", "w.pth"), 2, ("--inception_weights", "--fid_features inception")),
+    (("a", "a", "--fid_features", "inception", "--inception_weights", "w.pth"), 1, ("w.pth",)),
+    (("a", "a", "--dataset", "folder"), 2, ("--dataset",)), (("a", "a", "--num_samples", 3), 2, ("--num_samples",)),
+])
+def test_fid_of_what_can_not_be_measured_is_one_error(words, code, expected, measured_by):
+    hostile_sets()
+    assert_error(fid(*words), code, *expected)
+    assert not Path("results/fid.json").exists()
 
 
 def test_input_is_never_overwritten(models):
@@ -850,4 +976,4 @@ def test_both_files_alone_in_a_folder_are_a_program(models, place):
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert (home / "results" / "vae" / "interpolate.gif").exists()  # results lie beside the script
     done = subprocess.run([sys.executable, home / "explore.py", "--help"], text=True, capture_output=True)
-    assert done.returncode == 0 and all(name in done.stdout for name in (*CAN, "compare"))
+    assert done.returncode == 0 and all(name in done.stdout for name in (*CAN, "compare", "fid"))

@@ -1,0 +1,428 @@
+"""What makes the image models near and fast: Muon, consistency tuning, a learned prior of codes, and what came with
+them. Mathematics against oracles, then the command line with wrong and with older files.
+
+The helpers are those of test_image_gen.py; models of which only the shape matters are written untrained.
+"""
+# ruff: noqa: F811 (fixtures are taken from there by name)
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_error
+from PIL import Image
+from test_image_gen import (  # noqa: F401 (fixtures are taken by name)
+    COMMON,
+    CPU,
+    DEVIATION,
+    INFER,
+    INFO,
+    MEAN,
+    SMALL,
+    build,
+    call,
+    classifier,
+    folders,
+    gaussian_denoiser,
+    ig,
+    noisy_weights,
+    ok,
+    pixels,
+    place,
+)
+from torch import nn
+
+CONSISTENT = {"objective": "consistency", "init": "flow.pt"}
+DIGITS = ig.load_digits()
+
+
+def batch_of(images, labels=None, step=0, progress=1.0):
+    labels = torch.zeros(len(images), dtype=torch.long) if labels is None else labels
+    return ig.Batch(images, labels, ig.Draw(0, step, len(images), slice(None), CPU), progress)
+
+
+def write_model(path: str, model, **config) -> Path:
+    """A checkpoint of an untrained model; a field of its config that is `...` is left out, as in an older file."""
+    told = dataclasses.asdict(model.config) | config
+    family = next(name for name, kind in ig.FAMILIES.items() if kind is type(model))
+    ig.save_checkpoint(Path(path), {
+        "format": ig.SUBJECT.format, "family": family, "made": {}, "history": [], "ema": model.state_dict(),
+        "config": {name: value for name, value in told.items() if value is not ...},
+        "data": dataclasses.asdict(model.data)})
+    return Path(path)
+
+
+# === Muon ===
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
+def test_orthogonal_matrix_has_singular_values_near_one(shape):
+    """Where those of the matrix are not tiny; the directions stay."""
+    torch.manual_seed(0)
+    left, values, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    found = ig.orthogonal(left * values.clamp(min=0.5)[:, None] @ right).float()
+    assert found.shape == shape
+    assert torch.linalg.svdvals(found).min() > 0.6 and torch.linalg.svdvals(found).max() < 1.3
+    aligned = torch.linalg.diagonal(left.mT @ found @ right.mT)
+    assert (aligned > 0.55).all()
+    assert ig.orthogonal(torch.zeros(shape)).isfinite().all()
+
+
+def optimizer_of(matrices, others):
+    return ig.Muon(matrices, others, 0.02, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+
+
+def test_step_is_that_of_muon_and_adamw_in_torch():
+    """Also of a convolution, flattened to two dimensions; in the rounding of bfloat16."""
+    torch.manual_seed(0)
+    shapes = [(30, 12), (12, 30), (30, 12), (8, 4, 3, 3)]
+    ours = [torch.randn(s) for s in shapes]
+    ours[3] = ours[3].to(memory_format=torch.channels_last)
+    bias = torch.randn(5)
+    flat = [p.permute(0, 2, 3, 1).flatten(1) if p.ndim == 4 else p for p in ours]
+    theirs, their_bias, start = [p.clone() for p in flat], bias.clone(), [p.clone() for p in flat]
+    optimizer = optimizer_of(ours, [bias])
+    muon = torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=0.95)
+    adamw = torch.optim.AdamW([their_bias], 1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    for _ in range(3):
+        for p, q in zip([*ours, bias], [*theirs, their_bias]):
+            p.grad = torch.randn_like(p)
+            q.grad = (p.grad.permute(0, 2, 3, 1).flatten(1) if p.ndim == 4 else p.grad).clone()
+        for each in (optimizer, muon, adamw):
+            each.step()
+    for p, q, first in zip(ours, theirs, start):
+        p = p.permute(0, 2, 3, 1).flatten(1) if p.ndim == 4 else p
+        assert (q - first).norm() > 0.05
+        assert (p - q).norm() / (q - first).norm() < 0.02
+    assert torch.equal(bias, their_bias)
+
+
+def test_state_of_the_optimizer_resumes_bit_for_bit(tmp_path):
+    def parts():
+        torch.manual_seed(0)
+        matrix = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+        return [matrix, torch.randn(6, 9)], [torch.randn(5)]
+
+    def steps(optimizer, matrices, others, numbers):
+        for number in numbers:
+            for i, p in enumerate([*matrices, *others]):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * number + i))
+            optimizer.step()
+
+    whole, halves = parts(), parts()
+    steps(optimizer_of(*whole), *whole, range(6))
+    first = optimizer_of(*halves)
+    steps(first, *halves, range(3))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = optimizer_of(*halves)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    steps(second, *halves, range(3, 6))
+    for a, b in zip([*whole[0], *whole[1]], [*halves[0], *halves[1]]):
+        assert torch.equal(a, b)
+
+
+def test_every_weight_between_the_first_and_the_last_layer_is_muons():
+    model = build("diffusion", INFO).to(memory_format=torch.channels_last)
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = model.optimizer(model)
+    others, matrices = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
+    assert len(others) + len(matrices) == len(names)
+    assert not [name for name in matrices if name.endswith("bias") or name.startswith(("enter", "leave", "label"))]
+    assert any(name.startswith("down_blocks") for name in matrices) and "enter.weight" in others
+    assert [group["lr"] for group in optimizer.param_groups] == [model.config.learning_rate, model.config.muon_rate]
+    assert type(build("diffusion", INFO, muon_rate=0.0).optimizer(model)) is torch.optim.AdamW
+
+
+# === consistency ===
+
+
+def gaussian_map(schedule):
+    """Where the exact flow of N(MEAN, DEVIATION^2) takes x_t: it keeps its distance in standard deviations."""
+    def jump(x, t):
+        alpha, sigma = schedule.alphas[t].item(), schedule.sigmas[t].item()
+        return MEAN + DEVIATION * (x - alpha * MEAN) / math.hypot(alpha * DEVIATION, sigma)
+    return jump
+
+
+@pytest.mark.parametrize("times", [[1000], [1000, 700], [1000, 767, 533, 300]])
+def test_consistency_sampler_with_the_exact_map_recovers_mean_and_deviation(times):
+    schedule, noise = ig.NoiseSchedule(), ig.Noise(0, range(100), CPU)
+    start = noise.normal(1, 16, 16) * schedule.sigmas[1000].item()
+    drawn = ig.sample_consistency(gaussian_map(schedule), start, times, schedule, noise)
+    assert drawn.mean().item() == pytest.approx(MEAN, abs=0.012)
+    assert drawn.std().item() == pytest.approx(DEVIATION, rel=0.015)
+    wrong = ig.sample_consistency(gaussian_denoiser(schedule, MEAN, DEVIATION), start, times, schedule, noise)
+    assert wrong.std() < 0.8 * DEVIATION  # means of what is possible are too much alike
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 1000])
+def test_times_of_consistency_begin_with_noise_and_fall(steps):
+    times = build("diffusion", INFO, **CONSISTENT | {"steps": steps}).times()
+    assert times[0] == 1000 and times[-1] >= 300 and len(times) <= steps and (len(times) == steps or steps > 8)
+    assert times == sorted(set(times), reverse=True)
+    assert ig.DiffusionConfig(**CONSISTENT).steps == 2  # by default
+
+
+def loss_of(monkeypatch, network, teacher, progress: float) -> float:
+    model = build("diffusion", INFO, **CONSISTENT)
+    monkeypatch.setattr(model, "forward", lambda x, times, labels: network(x, model.sigmas[times][:, None, None, None]))
+    monkeypatch.setattr(model, "teacher", lambda: lambda x, times, labels: teacher(
+        x, model.sigmas[times][:, None, None, None]))
+    images = torch.full((256, 1, 8, 8), 0.3)
+    (player, loss, _), = model.losses(batch_of(images, progress=progress))
+    assert player == "model"
+    return loss.item()
+
+
+@pytest.mark.parametrize("progress, gap", [(0.0, 0.5), (0.5, 0.25), (1.0, 0.125)])
+def test_consistency_loss_of_a_point_mass_is_known(progress, gap, monkeypatch):
+    """All images alike: the flow (x - image) / sigma is straight, and leaves nothing to learn. A network that is wrong
+    by 1 everywhere misses its own target by the share of the way that the teacher goes."""
+    def exact(x, sigma):
+        return (x - 0.3) / sigma
+
+    def wrong(x, sigma):
+        return exact(x, sigma) + 1
+
+    assert loss_of(monkeypatch, exact, exact, progress) == pytest.approx(0, abs=1e-6)
+    expected = math.hypot(gap, ig.HUBER) - ig.HUBER
+    assert loss_of(monkeypatch, wrong, exact, progress) == pytest.approx(expected, rel=0.05)
+
+
+def flow_model(info=None, **config):
+    return noisy_weights(build("diffusion", info or DIGITS.info(), **config))
+
+
+TUNING = ("--model", "diffusion", "--dataset", "digits", *SMALL[:4], "--objective", "consistency", *COMMON)
+
+
+def test_tuning_starts_from_the_averaged_weights_and_never_moves_them():
+    write_model("flow.pt", flow_model())
+    before = Path("flow.pt").read_bytes()
+    model = build("diffusion", DIGITS.info(), **CONSISTENT)
+    model.prepare(DIGITS, CPU)
+    state = ig.load_checkpoint(Path("flow.pt"))["ema"]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(name.startswith("frozen") for name in model.state_dict())
+    ok(*TUNING, "--init", "flow.pt", "--batch_size", 280, "--num_samples", 2)
+    saved = ig.load_checkpoint(Path("model.pt"))
+    assert (saved["config"]["objective"], saved["config"]["sampler"], saved["config"]["steps"]) == (
+        "consistency", "consistency", 2)
+    assert differs(saved["ema"], state) and Path("flow.pt").read_bytes() == before
+    ok(*INFER, "--num_samples", 2, "--steps", 4)
+    assert_error(call(*INFER, "--sampler", "ddim"), 2, "--sampler ddim", "consistency")
+
+
+def differs(a: dict, b: dict) -> bool:
+    return any(not torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("flags, code, expected", [
+    ((), 2, ("--objective consistency", "--init")), (("--init", "missing.pt"), 1, ("missing.pt",)),
+    (("--init", "text.pt"), 1, ("text.pt",)), (("--init", "vae.pt"), 2, ("vae.pt", "vae", "diffusion")),
+    (("--init", "tuned.pt"), 2, ("tuned.pt", "consistency", "flow")),
+    (("--init", "other.pt"), 2, ("other.pt", "letters", "digits")),
+    (("--init", "wide.pt"), 2, ("wide.pt", "channels", "32", "16")),
+    (("--init", "flow.pt", "--sampler", "dpm++"), 2, ("--sampler dpm++", "--objective consistency")),
+    (("--init", "flow.pt", "--objective", "flow", "--sampler", "consistency"), 2, ("--sampler consistency",)),
+])
+def test_model_that_can_not_be_tuned_is_one_error(flags, code, expected):
+    info = DIGITS.info()
+    write_model("flow.pt", flow_model())
+    write_model("tuned.pt", flow_model(**CONSISTENT))
+    write_model("vae.pt", build("vae", info))
+    write_model("other.pt", flow_model(dataclasses.replace(info, title="letters")))
+    write_model("wide.pt", flow_model(channels=32))
+    Path("text.pt").write_text("no model")
+    assert_error(call(*TUNING, *flags), code, *expected)
+    assert not Path("model.pt").exists()
+
+
+# === prior of codes ===
+
+
+def test_prior_that_has_learned_nothing_draws_from_the_normal_distribution():
+    prior, z = ig.CodePrior(3, 4), torch.randn(50, 3)
+    assert torch.equal(prior.draw(z, torch.arange(50) % 4), z)
+
+
+def test_prior_recovers_each_class_of_a_mixture():
+    torch.manual_seed(0)
+    means, deviation = torch.tensor([[1.5, -1.0], [-1.0, 2.0]]), 0.3
+    prior = ig.CodePrior(2, 2, width=48, blocks=2)
+    optimizer = torch.optim.Adam(prior.parameters(), 3e-3)
+    for step in range(400):
+        labels = torch.arange(256) % 2
+        loss = prior.loss(means[labels] + deviation * torch.randn(256, 2), labels,
+                          ig.Draw(0, step, 256, slice(None), CPU))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    labels = torch.arange(2000) % 2
+    with torch.no_grad():
+        codes = prior.draw(torch.randn(2000, 2), labels)
+    for label, mean in enumerate(means):
+        torch.testing.assert_close(codes[labels == label].mean(0), mean, rtol=0, atol=0.15)
+        assert (codes[labels == label].std(0) - deviation).abs().max() < 0.15
+
+
+def test_prior_learns_beside_the_model_and_does_not_pull_at_it():
+    model = noisy_weights(build("vae", INFO)).train()
+    losses = model.losses(batch_of(torch.rand(16, 1, 8, 8) * 2 - 1))
+    assert next(losses)[0] == "model"
+    player, loss, _ = next(losses)
+    loss.backward()
+    assert player == "prior" and {*model.players()} == {"model", "prior"}
+    assert all(p.grad is None for p in model.players()["model"].parameters())
+    assert all(p.grad is not None for p in model.players()["prior"].parameters())
+
+
+def test_vae_with_a_prior_draws_what_is_asked():
+    model = noisy_weights(build("vae", DIGITS.info(), prior="flow")).eval()
+    assert model.labelled
+    drawn = [model.sample(torch.full((3,), label), ig.Noise(0, range(3), CPU)) for label in (2, 7)]
+    assert drawn[0].shape == (3, 1, 8, 8) and (drawn[0] - drawn[1]).abs().max() > 1e-3
+    write_model("model.pt", model)
+    ok(*INFER, "--label", 7, "--num_samples", 3, "--output_dir", "out")
+    for i, image in enumerate(ig.to_uint8(drawn[1])):
+        found = pixels(f"out/{i:05d}_label7.png").astype(int)
+        assert abs(found - image[0].numpy().astype(int)).max() <= 1
+    write_model("model.pt", build("vae", DIGITS.info(), prior="normal"))
+    assert_error(call(*INFER, "--label", 7), 2, "--label 7", "without labels")
+
+
+def test_codes_of_one_number_have_no_learned_prior():
+    assert_error(call("--model", "vae", "--dataset", "digits", "--latent_dim", 1, *COMMON), 2, "--prior normal")
+    assert build("vae", INFO, latent_dim=1, prior="normal").prior is None
+
+
+# === likelihood of a VAE ===
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """One number z ~ N(0, 1), 12 pixels that are white with the probability sigmoid(w z + b); q(z|x) is off a little.
+    -> model, batch, exact -log p(x) by quadrature"""
+    model = build("vae", dataclasses.replace(INFO, image_size=4), latent_dim=1, prior="normal").eval()
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(16, generator=generator) for _ in range(2))
+    x = (torch.rand(20, 16, generator=generator) < 0.5).float()
+    monkeypatch.setattr(model, "pixels_given", lambda z: (z * weight + bias).view(-1, 1, 4, 4))
+    grid = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    logits = grid[:, None] * weight.double() + bias.double()
+    log_joint = x.double() @ logits.T - nn.functional.softplus(logits).sum(1) - grid.square() / 2
+    exact = -(torch.logsumexp(log_joint, 1) + math.log(0.004) - 0.5 * math.log(2 * math.pi))
+    posterior = log_joint.softmax(1)
+    mean = posterior @ grid
+    spread = (posterior @ grid.square() - mean.square()).sqrt()
+    monkeypatch.setattr(model, "encode", lambda images: (
+        (mean + 0.5 * spread).float()[:, None], (2 * (1.3 * spread).log()).float()[:, None]))
+    return model, x.view(-1, 1, 4, 4) * 2 - 1, exact.float()
+
+
+def test_importance_weighted_likelihood_comes_down_to_the_exact_one(toy):
+    model, images, exact = toy
+    few, many = (model.nll(batch_of(images, step=step), codes).mean().item() for step, codes in ((0, 50), (1, 5000)))
+    with torch.no_grad():
+        elbos = [sum(model.bound(batch_of(images, step=step))[:2]).mean().item() for step in range(30)]
+    assert many == pytest.approx(exact.mean().item(), abs=0.02)
+    assert exact.mean() - 0.03 < few < np.mean(elbos) - 0.05  # a bound from above, and a better one
+
+
+def test_evaluation_says_of_how_many_codes_its_likelihood_is():
+    model = noisy_weights(build("vae", DIGITS.info()), 0.02).eval()
+    few = dataclasses.replace(DIGITS, test=DIGITS.test[:6], test_labels=DIGITS.test_labels[:6])
+    entry = model.more_figures(few, CPU)["iw_nll_nats"]
+    assert entry["n"] == 6 and entry["codes"] == 1000 and math.isfinite(entry["value"])
+    assert build("vae", INFO, likelihood="gaussian").more_figures(few, CPU) == {}
+
+
+def test_code_that_carries_nothing_is_said(monkeypatch):
+    model = build("vae", INFO)
+    assert model.warnings({"val_kl": 20.0}) == [] and "--beta" in model.warnings({"val_kl": 0.1})[0]
+    monkeypatch.setattr(ig.VaeModel, "validate", lambda self, batch: {"val_kl": 0.5})
+    result = ok("--model", "vae", "--dataset", "digits", "--width", 8, "--epochs", 2, "--batch_size", 700,
+                "--num_samples", 2, *COMMON)
+    assert result.err.count("warning: ") == 1 and "KL 0.5 nats" in result.err
+
+
+# === pixels ===
+
+
+@pytest.mark.parametrize("name, flip, share", [
+    ("cifar10", "auto", 0.5), ("cifar100", "auto", 0.5), ("digits", "auto", 0), ("mnist", "auto", 0),
+    ("folder", "auto", 0), ("digits", "on", 0.5), ("cifar10", "off", 0)])
+def test_images_are_mirrored_by_half_where_their_classes_allow_it(name, flip, share):
+    pixels = torch.arange(16, dtype=torch.uint8).view(1, 4, 4) + torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1)
+    labels = torch.arange(200) % 10
+    images = ig.Images(name, pixels, labels, pixels, labels, list("0123456789"), name)
+    config = ig.DiffusionConfig(flip=flip, batch_size=200)
+    batch = images.training_batch(config, 0, ig.Draw(0, 0, 200, slice(None), CPU))
+    plain = ig.to_float(pixels[images.order])
+    same, mirrored = ((batch.images == x).flatten(1).all(1) for x in (plain, plain.flip(-1)))
+    assert (same ^ mirrored).all() and mirrored.float().mean().item() == pytest.approx(share, abs=0.12 * (share > 0))
+    assert torch.equal(batch.labels, labels[images.order])
+
+
+@pytest.mark.parametrize("channels, value, expected", [
+    (1, 0.95, 1.0), (1, -0.97, -1.0), (1, 0.9, 0.9), (1, -0.5, -0.5), (3, 0.95, 0.95), (3, -0.97, -0.97)])
+def test_trace_on_black_or_white_is_taken_off_grey_images(channels, value, expected):
+    model = build("diffusion", dataclasses.replace(INFO, channels=channels), steps=3)
+    model.denoiser = lambda labels, count: lambda x, t: torch.full_like(x, value)
+    drawn = model.sample(None, ig.Noise(0, range(2), CPU))
+    torch.testing.assert_close(drawn, torch.full_like(drawn, expected))
+
+
+# === names of classes ===
+
+
+def test_classifier_names_what_is_in_pictures(classifier):
+    paths, labels = [], DIGITS.test_labels[:10].tolist()
+    for i, image in enumerate(DIGITS.test[:10]):
+        Image.fromarray(image[0].numpy()).save(f"digit{i}.png")
+        paths.append(f"digit{i}.png")
+    result = ok("--mode", "infer", "--model", "classifier", "--checkpoint", classifier, "--device", "cpu", "--input",
+                *paths)
+    lines = [line for line in result.out.splitlines() if line.startswith("digit")]
+    assert [line.split(":")[0] for line in lines] == paths
+    named = [line.split(": ")[1].split(", ") for line in lines]
+    net = ig.restore_model(ig.load_checkpoint(classifier)).eval()
+    with torch.no_grad():
+        shares = net(ig.to_float(DIGITS.test[:10]))[1].softmax(1)
+    assert [words[0].split()[0] for words in named] == [str(k) for k in shares.argmax(1).tolist()]
+    assert sum(words[0].split()[0] == str(label) for words, label in zip(named, labels)) >= 8
+    for words, share in zip(named, shares.max(1).values.tolist()):
+        assert float(words[0].split()[1].rstrip("%")) == pytest.approx(100 * share, abs=0.06)
+
+
+@pytest.mark.parametrize("flags, code, expected", [
+    ((), 2, ("--input",)), (("--input", "missing.png"), 1, ("missing.png", "not a file")),
+    (("--input", "text.png"), 1, ("text.png", "can't be read")),
+    (("--label", "3", "--input", "text.png"), 2, ("--label",)),
+])
+def test_classifier_without_a_picture_is_one_error(flags, code, expected, classifier):
+    Path("text.png").write_text("no picture")
+    assert_error(call("--mode", "infer", "--checkpoint", classifier, "--model", "classifier", *flags), code, *expected)
+
+
+# === older files ===
+
+
+def test_vae_of_an_older_script_draws_from_the_normal_prior():
+    model = build("vae", DIGITS.info(), prior="normal")
+    state = ig.load_checkpoint(write_model("model.pt", model, prior=..., flip=...))
+    restored = ig.restore_model(state)
+    assert restored.config.prior == "normal" and restored.prior is None and not restored.labelled
+    assert not differs(restored.state_dict(), model.state_dict())
+    ok(*INFER, "--num_samples", 2)
+
+
+def test_diffusion_model_of_an_older_script_was_trained_by_adamw():
+    model = flow_model()
+    state = ig.load_checkpoint(write_model("model.pt", model, muon_rate=..., flip=..., init=...))
+    restored = ig.restore_model(state)
+    assert restored.config.muon_rate == 0 and restored.config.init is None
+    assert type(restored.optimizer(restored)) is torch.optim.AdamW
+    ok(*INFER, "--num_samples", 2)
