@@ -439,6 +439,8 @@ class Muon(torch.optim.AdamW):
     orthogonalised momentum [Jordan24]. torch.optim.Muon has no AdamW beside it and takes 2-D parameters only."""
 
     def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], rate: float, **adamw: Any) -> None:
+        if not all(self._flat(p).data_ptr() == p.data_ptr() for p in matrices):
+            raise ValueError("Muon moves convolutions in channels_last order only")
         super().__init__([{"params": others}], **adamw)
         self.add_param_group({"params": matrices, "lr": rate, "momentum": 0.95})
 

@@ -57,8 +57,7 @@ def test_command_is_understood(line, path, words):
     mode = wanted.get("--mode", "infer" if path.endswith("infer.sh") else "train")
     key = wanted.get("--model", next(iter(script.FAMILIES)))
     if key not in script.FAMILIES:  # MODEL stands for each of them
-        words = [word if word != key else next(iter(script.FAMILIES)) for word in words]
-        key = next(iter(script.FAMILIES))
+        key = words[words.index("--model") + 1] = next(iter(script.FAMILIES))
     kind = None
     if path.endswith("explore.py"):
         task, words, mode = words[0], words[1:], "infer"
