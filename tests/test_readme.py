@@ -82,6 +82,13 @@ def test_flag_tables_are_those_of_the_parsers():
     assert run.returncode == 0, run.stderr
 
 
+def test_lines_of_python_draw_and_measure():
+    code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "image_gen")
+    assert run.returncode == 0, run.stderr
+    assert "'fid_mnist_cnn'" in run.stdout and "'recall_mnist_cnn'" in run.stdout
+
+
 @pytest.mark.parametrize("text", [README, RESULTS], ids=["README", "RESULTS"])
 def test_every_linked_file_is_there(text):
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
