@@ -1600,7 +1600,7 @@ def download_musdb(kind: str, root: Path) -> None:
     except that `full` takes the place of a sample downloaded earlier. MUSDB_MIRROR names another server's folder."""
     url, md5, what = MUSDB_FILES[kind]
     root = root.resolve()
-    part, fresh = root.with_name(f".{root.name}.{kind}.zip.part"), root.with_name(f".{root.name}.fresh")
+    part, fresh, old = (root.with_name(f".{root.name}.{end}") for end in (f"{kind}.zip.part", "fresh", "old"))
     there, mark = bool(MUSDBDataset.songs(root / "train")), root / ".downloaded"
     if there and not (kind == "full" and mark.is_file() and mark.read_text() == "sample"):
         say(f"MUSDB18: using what is in {root}")
@@ -1623,9 +1623,11 @@ def download_musdb(kind: str, root: Path) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
         unpack(part, fresh)
         (fresh / ".downloaded").write_text(kind)
-        if there:
-            shutil.rmtree(root)
+        if there:  # aside first: a kill in between must not leave less than there was
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(root, old)
         os.rename(fresh, root)  # onto nothing or onto an empty folder
+        shutil.rmtree(old, ignore_errors=True)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         part.unlink()
         raise UserError(f"the downloaded MUSDB18 archive is damaged ({first_line(error)}) and was deleted: run this "
@@ -2095,13 +2097,14 @@ def comparison_figure(path: Path, title: str, columns: list[tuple[str, Tensor, T
         both = torch.stack(pair)[:, :4 * CLIP]  # a picture of more than 20 s shows nothing
         length = both.shape[1]
         loudest = int(F.avg_pool1d(both[:1].abs(), HOP, HOP).argmax()) * HOP if length >= HOP else 0
-        for axis, part in ((top, slice(0, length)), (close, slice(max(0, loudest - 240), loudest + 240))):
-            for sound, label in zip(both, ("original", "regenerated")):
-                axis.plot(np.arange(length)[part] / SAMPLE_RATE, sound[part], linewidth=0.9, alpha=0.8, label=label)
-            axis.set(xlabel="s", ylabel="amplitude")
-        top.set_title(f"{name}, 16 kHz mono")
-        close.set_title("its loudest 30 ms")
-        top.legend(frameon=False, loc="upper right", ncols=2)
+        seconds, part = np.arange(length) / SAMPLE_RATE, slice(max(0, loudest - 240), loudest + 240)
+        top.plot(seconds, both[0], linewidth=0.9, label="original")
+        top.plot(seconds, both[1] - both[0], linewidth=0.9, label="regenerated minus original")  # not one behind it
+        close.plot(seconds[part], both[0, part], linewidth=3, alpha=0.4, label="original")
+        close.plot(seconds[part], both[1, part], linewidth=0.9, color="black", label="regenerated")
+        for axis, what in ((top, f"{name}, 16 kHz mono"), (close, "its loudest 30 ms")):
+            axis.set(xlabel="s", ylabel="amplitude", title=what)
+            axis.legend(loc="lower right", ncols=2, fontsize=8)
         both = F.pad(both, (0, -length % HOP)).to(model.preprocessor.mean.device)
         original, estimate = 10 / math.log(10) * model.preprocessor.log_mel(both).cpu()
         high = original.max().item()

@@ -91,7 +91,7 @@ class LatentOptions(ig.DataOptions):
 
 
 @dataclass(frozen=True)
-class CompareOptions(ig.DataOptions, ig.EvaluateOptions):
+class CompareOptions(ig.DataOptions, ig.MeasureOptions):
     eval_samples: int | None = ig.option(None, "evaluation", "images to measure of each model (default: 2,000, or the "
                                          "size of a smaller test set)", ig.number(int, 2))
     checkpoints: Any = ig.option(None, "run", "files of the models to compare; also without the flag", Path, nargs="+")

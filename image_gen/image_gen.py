@@ -554,7 +554,7 @@ DIFFUSION_RECIPES = {  # what suits each objective, where the user does not say
 class DiffusionConfig(RunConfig):
     objective: str = option("flow", "model", "flow [Lipman23], or consistency: few steps, learned from --init [Song23]",
                             choices=tuple(DIFFUSION_RECIPES))
-    init: str | None = option(None, "model", "checkpoint of a diffusion model to start from", str)
+    init: str | None = option(None, "model", "checkpoint of a diffusion model to start from", os.path.abspath)
     epochs: int | None = option(None, "optimisation", "passes over the set (default 3, consistency 1)", number(int, 1))
     learning_rate: float | None = option(None, "optimisation", "peak rate of AdamW, for embeddings, norms, first and "
                                          "last layer (default: 0.001, consistency 0.0005)",
@@ -571,11 +571,12 @@ class DiffusionConfig(RunConfig):
     levels: int = option(2, "model", "resolutions; the width doubles at each", number(int, 1, 5))
     blocks: int = option(2, "model", "residual blocks per level, each way", number(int, 1, 16))
     label_dropout: float = option(0.1, "model", "share of labels that are hidden, for guidance", number(float, 0, 1))
-    teacher_guidance: float = option(1.12, "model", "of the model in --init, which consistency learns with it",
-                                     number(float, 0, 100))
+    teacher_guidance: float = option(1.12, "model", "guidance of the model in --init, which --objective consistency "
+                                     "learns to draw with", number(float, 0, 100))
     sampler: str | None = option(None, "sampling", "ddim, dpm++ (2M) or consistency (default: as the objective needs: "
                                  "dpm++, consistency)", choices=tuple(SAMPLERS))
-    steps: int | None = option(None, "sampling", "default: 8, consistency 2", number(int, 1, TIMESTEPS))
+    steps: int | None = option(None, "sampling", "sampling steps, one evaluation of the network each (default: 8, "
+                               "consistency 2)", number(int, 1, TIMESTEPS))
     guidance: float = option(1.0, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none, other values "
                              "double the work", number(float, 0, 100))
 
@@ -1714,9 +1715,6 @@ class MeasureOptions:
     sample_batch: int = option(250, "sampling", "images drawn at once, bounds the memory", number(int, 1))
 
 
-EvaluateOptions = MeasureOptions
-
-
 def find_feature_net(options: MeasureOptions, data: DataInfo, device: torch.device) -> tuple[FeatureNet | None, str]:
     """The feature net that was asked for, or the classifier that fits the data; else None and the reason."""
     if options.fid_features == "inception":
@@ -2133,7 +2131,13 @@ def draw_curves(trainer: Trainer) -> None:
 # === subject ===
 # What the machine room must know of images.
 
-sample_count = number(int, 1, 1_000_000)  # as many as names of six digits tell apart
+
+def sample_count(text: str) -> int:
+    count = number(int, 1)(text)
+    if count > 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text}: at most 1,000,000 at a time, as many as names of six digits tell "
+                                         "apart; for more give another --seed")
+    return count
 
 
 @dataclass(frozen=True)
