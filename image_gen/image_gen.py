@@ -542,52 +542,53 @@ def sample_consistency(denoise: Denoiser, x: Tensor, times: Sequence[int], sched
 SAMPLERS = {"ddim": sample_ddim, "dpm++": sample_dpm, "consistency": sample_consistency}
 
 
-DIFFUSION_RECIPES = {  # what suits each objective, where the user does not say
-    "flow": {"epochs": 3, "learning_rate": 1e-3, "muon_rate": 0.02, "weight_decay": 0.01, "warmup_steps": 100,
-             "decay_fraction": 0.6, "ema_decay": 0.999, "sampler": "dpm++", "steps": 8},
-    "consistency": {"epochs": 1, "learning_rate": 5e-4, "muon_rate": 0.005, "weight_decay": 0.0, "warmup_steps": 20,
-                    "decay_fraction": 1.0, "ema_decay": 0.99, "sampler": "consistency", "steps": 2},
+DIFFUSION_RECIPES = {  # what suits each objective, flow and consistency, where the user does not say
+    "epochs": (3, 1), "batch_size": (32, 64), "learning_rate": (2e-3, 5e-4), "muon_rate": (0.02, 0.005),
+    "weight_decay": (0.01, 0.0), "warmup_steps": (50, 20), "decay_fraction": (0.6, 1.0),
+    "sampler": ("dpm++", "consistency"), "steps": (8, 2), "temperature": (0.95, 1.1),
 }
+OBJECTIVES = ("flow", "consistency")
+
+
+def recipe(name: str, group: str, text: str, kind: Any = None, choices: Sequence[str] = ()) -> Any:
+    """An `option` whose default depends on --objective."""
+    return option(None, group, text + " (default: {}; consistency: {})".format(*DIFFUSION_RECIPES[name]), kind, choices)
 
 
 @dataclass(frozen=True)
 class DiffusionConfig(RunConfig):
     objective: str = option("flow", "model", "flow [Lipman23], or consistency: few steps, learned from --init [Song23]",
-                            choices=tuple(DIFFUSION_RECIPES))
+                            choices=OBJECTIVES)
     init: str | None = option(None, "model", "checkpoint of a diffusion model to start from", os.path.abspath)
-    epochs: int | None = option(None, "optimisation", "passes over the set (default 3, consistency 1)", number(int, 1))
-    learning_rate: float | None = option(None, "optimisation", "peak rate of AdamW, for embeddings, norms, first and "
-                                         "last layer (default: 0.001, consistency 0.0005)",
-                                         number(float, 0, open_low=True))
-    muon_rate: float | None = option(None, "optimisation", "peak rate of Muon [Jordan24], for all other layers "
-                                     "(default: 0.02, consistency 0.005); 0: AdamW for all", number(float, 0))
-    weight_decay: float | None = option(None, "optimisation", "of both (default 0.01, consistency 0)", number(float, 0))
-    warmup_steps: int | None = option(None, "optimisation", "steps of warm-up (100, consistency 20)", number(int, 0))
-    decay_fraction: float | None = option(None, "optimisation", "last share of the run: the rate falls to 0 (default: "
-                                          "0.6, consistency 1)", number(float, 0, 1))
-    ema_decay: float | None = option(None, "optimisation", "of the average of the weights (default: 0.999, "
-                                     "consistency 0.99)", number(float, 0, 0.999999))
-    channels: int = option(80, "model", "width at the highest resolution, a multiple of 16", number(int, 16, 1024))
+    epochs: int | None = recipe("epochs", "optimisation", "passes over the training set", number(int, 1))
+    batch_size: int | None = recipe("batch_size", "optimisation", "images per step, over all processes", number(int, 1))
+    learning_rate: float | None = recipe("learning_rate", "optimisation", "peak rate of AdamW, for embeddings, norms, "
+                                         "first and last layer", number(float, 0, open_low=True))
+    muon_rate: float | None = recipe("muon_rate", "optimisation", "peak rate of Muon [Jordan24], for all other layers",
+                                     number(float, 0, open_low=True))
+    weight_decay: float | None = recipe("weight_decay", "optimisation", "of both", number(float, 0))
+    warmup_steps: int | None = recipe("warmup_steps", "optimisation", "steps of linear warm-up", number(int, 0))
+    decay_fraction: float | None = recipe("decay_fraction", "optimisation", "last share of the run: the rate falls",
+                                          number(float, 0, 1))
+    channels: int = option(64, "model", "width at the highest resolution, a multiple of 16", number(int, 16, 1024))
     levels: int = option(2, "model", "resolutions; the width doubles at each", number(int, 1, 5))
     blocks: int = option(2, "model", "residual blocks per level, each way", number(int, 1, 16))
     label_dropout: float = option(0.1, "model", "share of labels that are hidden, for guidance", number(float, 0, 1))
-    teacher_guidance: float = option(1.12, "model", "guidance of the model in --init, which --objective consistency "
-                                     "learns to draw with", number(float, 0, 100))
-    sampler: str | None = option(None, "sampling", "ddim, dpm++ (2M) or consistency (default: as the objective needs: "
-                                 "dpm++, consistency)", choices=tuple(SAMPLERS))
-    steps: int | None = option(None, "sampling", "sampling steps, one evaluation of the network each (default: 8, "
-                               "consistency 2)", number(int, 1, TIMESTEPS))
+    teacher_guidance: float = option(1.25, "model", "guidance of --init that consistency learns", number(float, 0, 100))
+    sampler: str | None = recipe("sampler", "sampling", "ddim, dpm++ (2M) or consistency", choices=tuple(SAMPLERS))
+    steps: int | None = recipe("steps", "sampling", "sampling steps, one evaluation each", number(int, 1, TIMESTEPS))
     guidance: float = option(1.0, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none, other values "
                              "double the work", number(float, 0, 100))
+    temperature: float | None = recipe("temperature", "sampling", "factor of the starting noise", number(float, 0, 10))
 
     def __post_init__(self) -> None:
-        if self.objective not in DIFFUSION_RECIPES:
+        if self.objective not in OBJECTIVES:
             raise UserError(f"--objective {self.objective} is no more: use the version of the script that knew it")
         if self.channels % 16:
             raise UserError(f"--channels {self.channels}: must be a multiple of 16", 2)
-        for name, value in DIFFUSION_RECIPES[self.objective].items():
+        for name, values in DIFFUSION_RECIPES.items():
             if getattr(self, name) in (None, "ddpm", "heun"):  # ddpm, heun: in older files
-                object.__setattr__(self, name, value)  # the way to set a field of a frozen dataclass while it is made
+                object.__setattr__(self, name, values[OBJECTIVES.index(self.objective)])  # the class is frozen
         if (self.sampler == "consistency") != (self.objective == "consistency"):
             raise UserError(f"--sampler {self.sampler} does not draw from a model of --objective {self.objective}", 2)
 
@@ -600,7 +601,7 @@ class DiffusionModel(ImageModel):
     """
     config_class = DiffusionConfig
     fixed = {"schedule": (None, "straight")}
-    older = {"muon_rate": 0.0}
+    older = {"muon_rate": 0.0, "temperature": 1.0}
 
     def __init__(self, config: DiffusionConfig, data: DataInfo) -> None:
         super().__init__(config, data)
@@ -651,12 +652,9 @@ class DiffusionModel(ImageModel):
 
     def optimizer(self, player: nn.Module) -> torch.optim.Optimizer:
         """Muon for what lies between the first and the last layer."""
-        if not self.config.muon_rate:
-            return super().optimizer(player)
-        inner = {name for name, p in self.named_parameters()
-                 if p.ndim > 1 and not name.startswith(("enter", "leave", "label"))}
-        matrices, others = ([p for name, p in self.named_parameters() if (name in inner) is kind]
-                            for kind in (True, False))
+        matrices, others = [], []
+        for name, p in self.named_parameters():
+            (others if p.ndim < 2 or name.startswith(("enter", "leave", "label")) else matrices).append(p)
         return Muon(matrices, others, self.config.muon_rate, lr=self.config.learning_rate, betas=self.betas,
                     weight_decay=self.config.weight_decay, fused=self.alphas.device.type != "mps")
 
@@ -691,7 +689,9 @@ class DiffusionModel(ImageModel):
         if self.config.objective == "consistency":
             yield "model", self.consistency_loss(batch, labels), {}
             return
-        times = self.visited_times(batch.draw.uniform())
+        draw = batch.draw  # one time from each of as many equal parts as the batch has images: a steadier gradient
+        parts = torch.arange(draw.total, device=draw.device)[draw.rows]
+        times = self.visited_times((parts + draw.uniform()) / draw.total)
         x, flow = self.noisy(batch, times)
         with self.cast():
             prediction = self(x, times, labels)
@@ -719,8 +719,8 @@ class DiffusionModel(ImageModel):
 
     def visited_times(self, share: Tensor) -> Tensor:
         """Timesteps 1..1000 at the given quantiles (0..1) of the logit-normal distribution that training visits: more
-        of the middle, where there is most to learn ([Esser24])."""
-        return (torch.special.ndtri(share).sigmoid() * TIMESTEPS).long().clamp(0, TIMESTEPS - 1) + 1
+        of the middle, where there is most to learn ([Esser24]), and of the noisy end, where half of drawing happens."""
+        return ((1.2 * torch.special.ndtri(share) + 0.3).sigmoid() * TIMESTEPS).long().clamp(0, TIMESTEPS - 1) + 1
 
     def noisy(self, batch: Batch, times: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and the flow."""
@@ -765,17 +765,17 @@ class DiffusionModel(ImageModel):
         return denoise
 
     def times(self) -> list[int]:
-        """The timesteps at which sampling looks; few steps spread evenly from the last (measured: RESULTS.md)."""
+        """The timesteps at which sampling looks; those of few steps were tried out (RESULTS.md)."""
         if self.config.sampler != "consistency":
             return self.noise_schedule.times(self.config.steps)
-        end = {1: 1000, 2: 700, 3: 450}.get(self.config.steps, 300)
-        return torch.linspace(TIMESTEPS, end, self.config.steps).round().int().unique().flip(0).tolist()
+        return [1000, 600, 300, 100][:self.config.steps] if self.config.steps <= 4 else \
+            torch.linspace(TIMESTEPS, 100, self.config.steps).round().int().unique().flip(0).tolist()
 
     @torch.no_grad()
     def sample(self, labels: Tensor | None, noise: Noise,
                watch: Callable[[int, Tensor, Tensor], None] = lambda *_: None) -> Tensor:
         """`watch` is told of each look that the sampler takes: t, x_t and the estimate of the image, [B C H W]."""
-        times, size = self.times(), self.data.image_size
+        times, shape = self.times(), (self.data.channels, self.data.image_size, self.data.image_size)
         denoise = self.denoiser(labels, len(noise))
 
         def watched(x: Tensor, t: int) -> Tensor:
@@ -783,8 +783,8 @@ class DiffusionModel(ImageModel):
             watch(t, x, estimate)
             return estimate
 
-        # x_t but for its trace of signal (alpha is about 0.01); on the straight path sigma is 0.988 there, not 1
-        x = self.noise_schedule.sigmas[times[0]].item() * noise.normal(self.data.channels, size, size)
+        # but for x_t's trace of signal (alpha is about 0.01); on the straight path sigma is 0.988 there, not 1
+        x = self.config.temperature * self.noise_schedule.sigmas[times[0]].item() * noise.normal(*shape)
         with self.cast():
             x = SAMPLERS[self.config.sampler](watched, x, times, self.noise_schedule, noise)
         # a grey pixel that is black but for a trace is a mean over images in which it is black: likeliest it is

@@ -132,7 +132,6 @@ def test_every_weight_between_the_first_and_the_last_layer_is_muons():
     assert not [name for name in matrices if name.endswith("bias") or name.startswith(("enter", "leave", "label"))]
     assert any(name.startswith("down_blocks") for name in matrices) and "enter.weight" in others
     assert [group["lr"] for group in optimizer.param_groups] == [model.config.learning_rate, model.config.muon_rate]
-    assert type(build("diffusion", INFO, muon_rate=0.0).optimizer(model)) is torch.optim.AdamW
 
 
 # === consistency ===
@@ -160,7 +159,7 @@ def test_consistency_sampler_with_the_exact_map_recovers_mean_and_deviation(time
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 1000])
 def test_times_of_consistency_begin_with_noise_and_fall(steps):
     times = build("diffusion", INFO, **CONSISTENT | {"steps": steps}).times()
-    assert times[0] == 1000 and times[-1] >= 300 and len(times) <= steps and (len(times) == steps or steps > 8)
+    assert times[0] == 1000 and times[-1] >= 100 and len(times) <= steps and (len(times) == steps or steps > 8)
     assert times == sorted(set(times), reverse=True)
     assert ig.DiffusionConfig(**CONSISTENT).steps == 2  # by default
 
@@ -421,10 +420,9 @@ def test_vae_of_an_older_script_draws_from_the_normal_prior():
     ok(*INFER, "--num_samples", 2)
 
 
-def test_diffusion_model_of_an_older_script_was_trained_by_adamw():
+def test_diffusion_model_of_an_older_script_was_trained_by_adamw_and_drawn_from_unscaled_noise():
     model = flow_model()
-    state = ig.load_checkpoint(write_model("model.pt", model, muon_rate=..., flip=..., init=...))
+    state = ig.load_checkpoint(write_model("model.pt", model, muon_rate=..., flip=..., init=..., temperature=...))
     restored = ig.restore_model(state)
-    assert restored.config.muon_rate == 0 and restored.config.init is None
-    assert type(restored.optimizer(restored)) is torch.optim.AdamW
+    assert (restored.config.muon_rate, restored.config.temperature, restored.config.init) == (0, 1, None)
     ok(*INFER, "--num_samples", 2)
