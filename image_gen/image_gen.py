@@ -371,7 +371,7 @@ class Classifier(ImageModel):
 # === diffusion ===
 
 TIMESTEPS = 1000
-SETTLED = 0.94  # 8 grey levels from black or white
+SETTLED = 0.875  # 16 grey levels from black or white
 HUBER = 0.03  # where the consistency loss turns from squared to absolute
 
 
