@@ -41,7 +41,8 @@ DRAW_CURVES = ig.draw_curves  # most tests do without
 # --- helpers
 
 COMMON = ("--device", "cpu", "--precision", "float32", "--checkpoint", "model.pt", "--results_dir", "results")
-SMALL = ("--channels", "16", "--blocks", "1", "--warmup_steps", "5", "--steps", "3", "--num_samples", "4")
+SMALL = ("--batch_size", "64", "--channels", "16", "--blocks", "1", "--warmup_steps", "5", "--steps", "3",
+         "--num_samples", "4")
 INFO = ig.DataInfo("digits", "digits", 1, 8, list("0123456789"), [10] * 10, 100)
 
 
