@@ -1180,6 +1180,7 @@ class AudioData:
     def __init__(self, name: str, title: str, tracks: dict[str, list[Track]]) -> None:
         self.name, self.title = name, title
         self.train, self.valid, self.test = (tracks.get(split, []) for split in SPLITS)
+        self.own = self.train  # without those of --extra_root
         if self.train and not any(np.abs(track.audio).max() > SILENCE for track in self.train):
             raise UserError(f"{title}: all of its training tracks are silent; give some that sound")
 
@@ -1189,7 +1190,8 @@ class AudioData:
         taken = {track.file.resolve() for track in self.train + self.valid + self.test if track.file}
         if twice := {file.resolve() for file in files} & taken:
             raise UserError(f"--extra_root holds {min(twice)}, which belongs to the dataset: name another folder")
-        self.train += load_tracks({"train": [(f"extra/{p.relative_to(root)}", "mixture", p) for p in files]})["train"]
+        entries = [(f"extra/{p.relative_to(root)}", "mixture", p) for p in files]
+        self.train = self.train + load_tracks({"train": entries})["train"]
 
     def info(self) -> DataInfo:
         splits = {"train": self.train, "valid": self.valid, "test": self.test}
@@ -1209,13 +1211,14 @@ class AudioData:
         """(batch size, steps of an epoch)"""
         return config.batch_size, max(1, config.crops // config.batch_size)
 
-    def training_batch(self, config: RunConfig, _step: int, draw: Draw) -> Batch:
-        return random_crops(self.train, draw, config.speed)
+    def training_batch(self, config: RunConfig, step: int, draw: Draw) -> Batch:
+        """Every third one from the dataset alone, however much longer --extra_root is: it is what will be measured."""
+        return random_crops(self.train if step % 3 else self.own, draw, config.speed)
 
     def training_crops(self, config: RunConfig, device: torch.device) -> Iterator[Batch]:
-        """960 crops for statistics, by negative steps: they are not those of the training."""
-        for i in range(60):
-            yield random_crops(self.train, Draw(config.seed, -1 - i, 16, slice(None), device), config.speed)
+        """Up to 4,096 crops for statistics, by negative steps: they are not those of the training."""
+        for i in range(min(256, max(60, config.epochs * config.crops // 16))):
+            yield self.training_batch(config, -1 - i, Draw(config.seed, -1 - i, 16, slice(None), device))
 
     def training_clips(self, device: torch.device) -> Iterator[Batch]:
         """Up to 2,000 clips spread evenly over the training set, in a fixed shuffled order, 16 at a time."""
