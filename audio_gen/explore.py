@@ -88,10 +88,13 @@ def interpolate(command: Command, world: World) -> int:
     tracks = [ag.Track(file.name, "file", ag.read_audio(file).numpy()) for file in options.input]
     ends = [max(ag.fixed_clips([track]), key=lambda clip: float(ag.cut(*clip).square().sum())) for track in tracks]
     start, end = model.encode(ag.clip_batch(ends, world.device).audio).split(1)
+    ends = [model.render(model.decode(code), options.phase).square().mean().sqrt().item() for code in (start, end)]
     pieces, columns = [], []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         decoded = model.decode(start + share * (end - start))
         piece = model.render(decoded, options.phase)[0].cpu()
+        loudness = ends[0] ** (1 - share) * ends[1] ** share  # a mean of two spectra has fewer peaks: it would be quiet
+        piece *= loudness / piece.square().mean().sqrt().clamp(min=1e-9)
         edge = (torch.arange(HOP) + 0.5) / HOP  # 20 ms in and out, so that the joints do not click
         piece[:HOP] *= edge
         piece[-HOP:] *= edge.flip(0)
