@@ -23,6 +23,7 @@ References
     [Rafii17]    Rafii, Liutkus, Stoeter, Mimilakis, Bittner: The MUSDB18 Corpus for Music Separation, 2017
     [Rybkin21]   Rybkin, Daniilidis, Levine: Simple and Effective VAE Training with Calibrated Decoders, 2021
     [Taal11]     Taal, Hendriks, Heusdens, Jensen: An Algorithm for Intelligibility Prediction (STOI), 2011
+    [Tran03]     Tran, Liang, Tu: Lapped Transform via Time-Domain Pre- and Post-Filtering, 2003
     [Vincent06]  Vincent, Gribonval, Fevotte: Performance Measurement in Blind Audio Source Separation, 2006
     [Yamamoto20] Yamamoto, Song, Kim: Parallel WaveGAN (multi-resolution STFT distance), 2020
 """
@@ -286,47 +287,97 @@ class SoundFamily(Family):
 
 @dataclass(frozen=True)
 class MelConfig(RunConfig):
-    width: int = option(192, "model", "channels of the network", int, choices=(16, 32, 64, 96, 128, 192, 256, 384))
+    width: int = option(96, "model", "channels of the networks", number(int, 8, 4096))
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig(MelConfig):
     latent_dim: int = option(128, "model", "latent numbers per clip", number(int, 1, 65536))
-    latent_dropout: float = option(0.05, "model", "share of latent numbers dropped in training", number(float, 0, 0.9))
 
 
 class MelFamily(SoundFamily):
-    """What the families on log-mel spectrograms share: two networks around `codes` numbers in each of `frames` steps of
-    time, each beside a linear path that starts as principal components: they have to learn what is not linear."""
+    """What the families on log-mel spectrograms share. A linear code comes first: patches in time that lap over
+    [Tran03], their principal components, and a cosine transform of each component over the clip; of all these `numbers`
+    are kept, those that vary most. It is orthogonal, training leaves it alone, and by itself it is the codec that the
+    networks have to beat: one before and one behind it add something to the components, at first nothing."""
     whole_clips = True
 
-    def __init__(self, config: Any, data: DataInfo, codes: int, frames: int) -> None:
+    def __init__(self, config: Any, data: DataInfo, numbers: int, frames: int) -> None:
         super().__init__(config, data)
-        mels, width, patch = config.n_mels, config.width, FRAMES // frames
-        stages, kernel = int(math.log2(FRAMES // max(16, frames))), 16 if frames == 1 else 1
-        self.analysis = nn.Conv2d(mels, codes, (1, patch), (1, patch))
-        self.synthesis = nn.ConvTranspose2d(codes, mels, (1, patch), (1, patch))
-        self.encoder = nn.Sequential(encoder_stack(mels, width, stages), nn.SiLU(),
-                                     zeroed(nn.Conv2d(width, codes, (1, kernel))))
-        self.decoder = nn.Sequential(nn.ConvTranspose2d(codes, width, (1, kernel)), decoder_stack(mels, width, stages))
+        patch = FRAMES // frames
+        size = patch * config.n_mels
+        components = min(size, max(160, 12 * numbers // (5 * frames)))  # what a decoder may add is among the next ones
+        self.chosen_count = min(numbers, components * frames)
+        self.register_buffer("lapping", lapping(patch), persistent=False)
+        self.register_buffer("cosines", cosines(frames, 0.0).float(), persistent=False)
+        self.basis = nn.Parameter(torch.randn(size, components) / size ** 0.5, requires_grad=False)
+        self.register_buffer("spread", torch.ones(frames, components))  # deviations of all, chosen or not
+        self.register_buffer("chosen", torch.arange(self.chosen_count))
+        self.encoder = residual_stack(components, config.width, 1)
+        self.decoder = residual_stack(components, config.width, 2)
 
     def log_mel(self, audio: Tensor) -> Tensor:
         """Waveform [B L] -> standardised log-mel [B M T]"""
         return self.preprocessor.standardise(self.preprocessor.log_mel(audio))
 
-    def to_codes(self, mel: Tensor) -> Tensor:
-        """Standardised log-mel [B M T] -> [B codes frames]"""
-        with self.cast():
-            return from_planes(self.analysis(to_planes(mel))) + from_planes(self.encoder(to_planes(mel)))
+    def patches(self, mel: Tensor) -> Tensor:
+        """Standardised log-mel [B M T] -> lapped patches [B frames patch * M]"""
+        return lap(mel, self.lapping).unfold(2, *[len(self.lapping)] * 2).permute(0, 2, 3, 1).flatten(2)
 
-    def from_codes(self, codes: Tensor) -> Tensor:
-        """[B codes frames] -> standardised log-mel [B M T]"""
+    def refined(self, network: nn.Module, components: Tensor) -> Tensor:
+        """Components [B frames C] and what a network adds to them"""
+        scale = self.spread.square().mean(0).sqrt()
         with self.cast():
-            return from_planes(self.synthesis(to_planes(codes))) + from_planes(self.decoder(to_planes(codes)))
+            return components + scale * network(components / scale).float()
 
+    def to_codes(self, mel: Tensor, network: bool = True) -> Tensor:
+        """Standardised log-mel [B M T] -> [B Z], each number of deviation 1 over the training set"""
+        with self.cast():
+            components = (self.patches(mel) @ self.basis).float()
+        components = self.refined(self.encoder, components) if network else components
+        return (self.cosines @ components / self.spread).flatten(1)[:, self.chosen]
+
+    def from_codes(self, codes: Tensor, network: bool = True) -> Tensor:
+        """[B Z] -> standardised log-mel [B M T]"""
+        spectrum = codes.new_zeros(len(codes), self.spread.numel()).index_copy(1, self.chosen, codes)
+        components = self.cosines.T @ (spectrum.unflatten(1, self.spread.shape) * self.spread)
+        components = self.refined(self.decoder, components) if network else components
+        with self.cast():
+            patches = (components @ self.basis.T).float()
+        return lap(patches.unflatten(2, (len(self.lapping), -1)).flatten(1, 2).mT, self.lapping.T)
+
+    def numbers(self, frames: int) -> int:
+        return self.chosen_count
+
+    def encode(self, audio: Tensor, frames: Tensor | None = None) -> Tensor:
+        """Waveform [B CLIP] -> [B Z]; of a VAE the mean of the posterior"""
+        return self.to_codes(self.log_mel(audio))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """[B Z] -> standardised log-mel [B M T]"""
+        return self.from_codes(latent)
+
+    def baselines(self, audio: Tensor, frames: Tensor) -> dict[str, Tensor]:
+        """The linear code alone: principal components"""
+        return {"pca": self.from_codes(self.to_codes(self.log_mel(audio), network=False), network=False)}
+
+    @torch.no_grad()
     def prepare(self, data: Any, device: torch.device) -> None:
         super().prepare(data, device)
-        start_linear_path(self, data, device)
+        count, variances = self.basis.shape[1], torch.zeros_like(self.spread)
+        clips = [(self.log_mel(b.audio).half(), b.frames) for b in data.training_crops(self.config, device)]
+        covariance = self.basis.new_zeros(*[len(self.basis)] * 2)
+        for mel, frames in clips:
+            starts = torch.arange(len(self.spread), device=device) * len(self.lapping)
+            rows = self.patches(mel.float())[starts < frames[:, None]]  # padding is no sound
+            covariance += rows.T @ rows
+        self.basis.copy_(torch.svd_lowrank(covariance, min(count + 32, len(covariance)), niter=3)[0][:, :count])
+        whole = [mel[frames == FRAMES] for mel, frames in clips if (frames == FRAMES).any()]
+        whole = whole or [mel for mel, _ in clips]
+        for mel in whole:
+            variances += (self.cosines @ (self.patches(mel.float()) @ self.basis)).square().sum(0)
+        self.spread.copy_((variances / sum(map(len, whole))).sqrt().clamp(min=1e-2))
+        self.chosen.copy_(self.spread.flatten().topk(len(self.chosen)).indices)
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
@@ -335,90 +386,48 @@ class MelFamily(SoundFamily):
 
 
 class AudioAutoencoder(MelFamily):
-    """A residual autoencoder: a clip's log-mel [1 128 256] becomes one vector of `latent_dim` numbers and returns."""
+    """A residual autoencoder: a clip's log-mel [128 256] becomes one vector of `latent_dim` numbers and returns."""
     config_class = AutoencoderConfig
     margin = 16
     can_sample = False
-    CODES = 64
 
     def __init__(self, config: AutoencoderConfig, data: DataInfo) -> None:
-        super().__init__(config, data, self.CODES, 16)
-        self.to_latent = nn.Linear(self.CODES * 16, config.latent_dim)
-        self.from_latent = nn.Linear(config.latent_dim, self.CODES * 16)
+        super().__init__(config, data, config.latent_dim, 16)
 
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """MSE + L1 on the standardised log-mel. Dropout by the step's own random numbers, as everything else."""
-        target, drop = self.log_mel(batch.audio), self.config.latent_dropout
-        latent = self.to_latent(self.to_codes(target).flatten(1))
-        keep = (batch.draw.uniform(self.config.latent_dim) >= drop) / (1 - drop)
-        error = self.decode(latent * keep) - target
-        mse, mae = masked_mean(error.square(), batch.frames), masked_mean(error.abs(), batch.frames)
-        yield "model", mse + mae, {"mse": mse.detach()}
-
-    def numbers(self, frames: int) -> int:
-        return self.config.latent_dim
-
-    def encode(self, audio: Tensor, frames: Tensor | None = None) -> Tensor:
-        """Waveform [B CLIP] -> [B Z]"""
-        return self.to_latent(self.to_codes(self.log_mel(audio)).flatten(1))
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """[B Z] -> standardised log-mel [B M T]"""
-        return self.from_codes(self.from_latent(latent).view(len(latent), self.CODES, 16))
-
-    @torch.no_grad()
-    def prepare(self, data: Any, device: torch.device) -> None:
-        super().prepare(data, device)
-        rows = torch.cat([self.to_codes(self.log_mel(b.audio)).flatten(1)
-                          for b in data.training_crops(self.config, device)])
-        weights = self.synthesis.weight.square().sum((1, 2, 3)).sqrt().repeat_interleave(16)  # errors count as heard
-        basis, spread = principal_components(rows * weights, self.config.latent_dim)
-        self.to_latent.weight.copy_(basis * weights / spread[:, None])
-        self.from_latent.weight.copy_((basis / weights.clamp(min=1e-6) * spread[:, None]).T)
-        nn.init.zeros_(self.to_latent.bias)
-        nn.init.zeros_(self.from_latent.bias)
+        """MSE of the standardised log-mel: what is measured"""
+        target = self.log_mel(batch.audio)
+        mse = masked_mean((self.decode(self.to_codes(target)) - target).square(), batch.frames)
+        yield "model", mse, {"mse": mse.detach()}
 
 
-@torch.no_grad()
-def start_linear_path(model: MelFamily, data: Any, device: torch.device) -> None:
-    """The principal components of patches of training crops are the first weights of `analysis` and `synthesis`."""
-    mels, patch = model.config.n_mels, model.analysis.kernel_size[1]
-    parts = torch.cat([
-        mel[:, :max(count, patch)].unfold(1, patch, max(1, patch // 2)).transpose(0, 1).reshape(-1, mels * patch)
-        for b in data.training_crops(model.config, device)
-        for mel, count in zip(model.log_mel(b.audio), b.frames.tolist())])
-    basis, spread = principal_components(parts[torch.randperm(len(parts))[:12_000]], model.analysis.out_channels)
-    basis = basis.view(-1, mels, 1, patch)
-    model.analysis.weight.copy_(basis / spread[:, None, None, None])
-    model.synthesis.weight.copy_(basis * spread[:, None, None, None])
-    nn.init.zeros_(model.analysis.bias)
-    nn.init.zeros_(model.synthesis.bias)
+def cosines(size: int, shift: float) -> Tensor:
+    """The orthogonal cosine transform [size size] of type II (shift 0) or IV (shift 1/2), in float64"""
+    lines = torch.arange(size, dtype=torch.float64)[:, None] + shift
+    matrix = (2 / size) ** 0.5 * torch.cos(math.pi / size * lines * (torch.arange(size) + 0.5))
+    return matrix * torch.where(lines == 0, 0.5 ** 0.5, 1.0)
 
 
-def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """[N D] -> the first `count` directions [count D] and the deviations [count] of the data along them; where the data
-    have fewer directions, the rest are zeros."""
-    basis, spread = rows.new_zeros(count, rows.shape[1]), rows.new_ones(count)
-    known = min(count, *rows.shape)
-    if known:
-        _, values, directions = torch.pca_lowrank(rows, known, center=False, niter=3)
-        basis[:known], spread[:known] = directions.T, (values / math.sqrt(len(rows))).clamp(min=1e-3)
-    return basis, spread
+def lapping(patch: int) -> Tensor:
+    """[patch patch], orthogonal: what turns the frames around each border of two patches so that what is coded patch by
+    patch shows no border and needs fewer numbers ([Tran03] figure 2, with the rotation of Malvar's fast transform)."""
+    half = patch // 2
+    if not half:
+        return torch.ones(1, 1)
+    turn = torch.eye(patch, dtype=torch.float64)
+    turn[half:, half:] = (cosines(half, 0.0).T @ cosines(half, 0.5)).flip(0, 1)
+    one = torch.eye(half, dtype=torch.float64)
+    mirror = one.flip(1)
+    butterfly = torch.cat([torch.cat([one, mirror], 1), torch.cat([mirror, -one], 1)]) / 2 ** 0.5
+    return (butterfly @ turn @ butterfly).float()
 
 
-class Conv1d(nn.Conv2d):
-    """A 1-D convolution over frames, [B C 1 T] -> [B C' 1 T/stride], written as a 2-D one: only that has fast
-    channels-last bfloat16 kernels on CPUs."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> None:
-        super().__init__(inputs, outputs, (1, kernel), (1, stride), (0, (kernel - 1) // 2))
-
-
-class ConvTranspose1d(nn.ConvTranspose2d):
-    """The way back: [B C 1 T] -> [B C' 1 2T]"""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, (1, 4), (1, 2), (0, 1))
+def lap(mel: Tensor, matrix: Tensor) -> Tensor:
+    """Turn [B M T] around every border of its patches; with the transposed matrix back again"""
+    patch = len(matrix)
+    inner = mel[..., patch // 2:FRAMES - patch // 2].unflatten(2, ((FRAMES - patch + patch % 2) // patch, patch))
+    edges = mel[..., :patch // 2], mel[..., FRAMES - patch // 2:]
+    return torch.cat([edges[0], (inner @ matrix.T).flatten(2), edges[1]], 2)
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
@@ -429,37 +438,22 @@ def zeroed(layer: nn.Module) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, convolution, twice, around a shortcut; [B C 1 T] stays [B C 1 T] [He16]"""
+    """norm, each patch with its neighbours, SiLU, linear, around a shortcut [He16]; [B frames width] stays"""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
-        self.conv1, self.conv2 = Conv1d(channels, channels), zeroed(Conv1d(channels, channels))
+        self.norm = nn.LayerNorm(width)
+        self.inner, self.outer = nn.Linear(3 * width, 2 * width), zeroed(nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        padded = F.pad(self.norm(x), (0, 0, 1, 1))
+        return x + self.outer(F.silu(self.inner(torch.cat([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], 2))))
 
 
-def encoder_stack(n_mels: int, width: int, stages: int) -> nn.Sequential:
-    """[B M 1 256] -> [B C 1 256/2^stages]: a residual block, then a strided convolution, at each stage."""
-    steps = [(ResidualBlock(width), Conv1d(width, width, 4, 2)) for _ in range(stages)]
-    return nn.Sequential(Conv1d(n_mels, width), *itertools.chain(*steps), ResidualBlock(width))
-
-
-def decoder_stack(n_mels: int, width: int, stages: int) -> nn.Sequential:
-    """The mirror image: [B C 1 256/2^stages] -> [B M 1 256]"""
-    steps = [(ConvTranspose1d(width, width), ResidualBlock(width)) for _ in range(stages)]
-    return nn.Sequential(ResidualBlock(width), *itertools.chain(*steps), nn.SiLU(), zeroed(Conv1d(width, n_mels)))
-
-
-def to_planes(mel: Tensor) -> Tensor:
-    """[B M T] -> [B M 1 T], channels last"""
-    return mel[:, :, None].contiguous(memory_format=torch.channels_last)
-
-
-def from_planes(planes: Tensor) -> Tensor:
-    """[B M 1 T] -> [B M T] float32"""
-    return planes[:, :, 0].float()
+def residual_stack(components: int, width: int, blocks: int) -> nn.Sequential:
+    """What a network adds to the components of each patch, [B frames C] -> [B frames C]"""
+    return nn.Sequential(nn.Linear(components, width), *[ResidualBlock(width) for _ in range(blocks)],
+                         nn.LayerNorm(width), zeroed(nn.Linear(width, components)))
 
 
 def masked_mean(values: Tensor, frames: Tensor) -> Tensor:
@@ -473,39 +467,36 @@ def masked_mean(values: Tensor, frames: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VaeConfig(MelConfig):
-    latent_dim: int = option(160, "model", "latent numbers per latent frame", number(int, 1, 65536))
-    latent_frames: int = option(16, "model", "latent vectors per clip, in time", int, choices=(1, 16, 32, 64, 128, 256))
+    width: int = option(320, "model", "channels of the networks", number(int, 8, 4096))
+    latent_dim: int = option(160, "model", "latent numbers per patch", number(int, 1, 65536))
+    latent_frames: int = option(16, "model", "patches that a clip is cut into", int, choices=(16, 32, 64, 128, 256))
     beta: float = option(1.0, "model", "weight of the KL divergence; 1 is the evidence lower bound", number(float, 0))
     kl_warmup: float = option(0.3, "model", "first part of the run over which that weight rises from 0",
                               number(float, 0, 1))
 
 
 class AudioVAE(MelFamily):
-    """A convolutional VAE on log-mel, with one latent vector per clip or several along time [Kingma14]."""
+    """A VAE on log-mel with `latent_dim` numbers per patch, of `latent_frames` patches in time [Kingma14]. A number
+    stands for a slow or fast change over the whole clip: patches that are drawn from N(0, 1) follow from each other."""
     config_class = VaeConfig
     results_folder = "vae"
-    fixed = {"free_bits": (0,)}
 
     def __init__(self, config: VaeConfig, data: DataInfo) -> None:
-        super().__init__(config, data, config.latent_dim, config.latent_frames)
-        self.log_variance = zeroed(Conv1d(config.latent_dim, config.latent_dim, 1))
-        nn.init.constant_(self.log_variance.bias, -3.0)
+        super().__init__(config, data, config.latent_dim * config.latent_frames, config.latent_frames)
+        self.log_variance = nn.Parameter(torch.full((self.chosen_count,), -3.0))  # of q(z|x), for any x: see `prepare`
 
-    def numbers(self, frames: int) -> int:
-        return self.config.latent_dim * self.config.latent_frames
+    @torch.no_grad()
+    def prepare(self, data: Any, device: torch.device) -> None:
+        """Begin with what is the best posterior of a linear code, whose variance is the same for all x."""
+        super().prepare(data, device)
+        total, kept = self.spread.square().sum(), self.spread.flatten()[self.chosen].square()
+        missed = (1.0 - kept.sum() / total) * total / (FRAMES * self.config.n_mels)  # error per mel bin
+        self.log_variance.copy_((missed / (missed + kept)).clamp(min=1e-6).log())
 
     def posterior(self, mel: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised log-mel [B M T] -> mean and log-variance [B Z frames] of q(z|x)"""
+        """Standardised log-mel [B M T] -> mean and log-variance [B Z] of q(z|x)"""
         mean = self.to_codes(mel)
-        return mean, from_planes(self.log_variance(to_planes(mean))).clamp(-14, 4)
-
-    def encode(self, audio: Tensor, frames: Tensor | None = None) -> Tensor:
-        """Waveform [B CLIP] -> mean of the posterior [B Z frames]"""
-        return self.to_codes(self.log_mel(audio))
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """[B Z frames] -> standardised log-mel [B M T]"""
-        return self.from_codes(latent)
+        return mean, self.log_variance.clamp(-14, 4).expand_as(mean)
 
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The negative evidence lower bound in nats per mel bin. The likelihood is a Gaussian whose variance is the
@@ -519,17 +510,17 @@ class AudioVAE(MelFamily):
         per_bin = kl.sum() / (batch.frames.sum() * self.config.n_mels)
         warm = min(1.0, batch.progress / self.config.kl_warmup) if self.config.kl_warmup else 1.0
         loss = 0.5 * (math.log(2 * math.pi) + 1 + (mse + 1e-6).log()) + warm * self.config.beta * per_bin
-        yield "model", loss, {"mse": mse.detach(), "kl": kl.detach().sum((1, 2)).mean()}
+        yield "model", loss, {"mse": mse.detach(), "kl": kl.detach().sum(1).mean()}
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
-        kl = gaussian_kl(*self.posterior(self.log_mel(batch.audio))).sum((1, 2)).mean().item()
+        kl = gaussian_kl(*self.posterior(self.log_mel(batch.audio))).sum(1).mean().item()
         return super().validate(batch) | {"val_kl_nats": kl}
 
     @torch.no_grad()
     def sample(self, noise: Noise) -> Tensor:
         """Decode latents drawn from the prior N(0, 1)."""
-        return self.decode(noise.normal(self.config.latent_dim, self.config.latent_frames))
+        return self.decode(noise.normal(self.chosen_count))
 
 
 class Noise:
@@ -1837,7 +1828,8 @@ def sounds(model: SoundFamily, audio: Tensor, frames: Tensor) -> Iterator[tuple[
     for phase in model.phases:
         yield "model" if len(model.phases) == 1 else f"model_{phase}", None, model.render(decoded, phase, audio)
     for name, plain in model.baselines(audio, frames).items():
-        yield f"without_network_{name}", None, model.render(plain, model.phases[0], audio)
+        row = (plain, None) if model.per_frame == 1 else (None, model.render(plain, model.phases[0], audio))
+        yield f"without_network_{name}", *row
     for phase in SoundFamily.phases:
         yield f"ceiling_true_mel_{phase}", None, to_audio(prep, true_mel, audio.shape[1], phase, audio)
     mean = torch.zeros_like(true_mel)
