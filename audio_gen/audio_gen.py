@@ -292,7 +292,7 @@ class MelConfig(RunConfig):
 
 @dataclass(frozen=True)
 class AutoencoderConfig(MelConfig):
-    latent_dim: int = option(128, "model", "latent numbers per clip", number(int, 1, 65536))
+    latent_dim: int = option(128, "model", "latent numbers per clip", number(int, 2, 65536))
 
 
 class MelFamily(SoundFamily):
@@ -330,41 +330,51 @@ class MelFamily(SoundFamily):
         with self.cast():
             return components + scale * network(components / scale).float()
 
-    def to_codes(self, mel: Tensor, network: bool = True) -> Tensor:
-        """Standardised log-mel [B M T] -> [B Z], each number of deviation 1 over the training set"""
+    def to_spectrum(self, mel: Tensor, network: bool = True) -> Tensor:
+        """Standardised log-mel [B M T] -> all numbers of the linear code [B frames * C], of deviation 1 over the
+        training set"""
         with self.cast():
             components = (self.patches(mel) @ self.basis).float()
         components = self.refined(self.encoder, components) if network else components
-        return (self.cosines @ components / self.spread).flatten(1)[:, self.chosen]
+        return (self.cosines @ components / self.spread).flatten(1)
 
-    def from_codes(self, codes: Tensor, network: bool = True) -> Tensor:
-        """[B Z] -> standardised log-mel [B M T]"""
-        spectrum = codes.new_zeros(len(codes), self.spread.numel()).index_copy(1, self.chosen, codes)
+    def from_spectrum(self, spectrum: Tensor, network: bool = True) -> Tensor:
+        """Back again, with zeros for what was not kept"""
         components = self.cosines.T @ (spectrum.unflatten(1, self.spread.shape) * self.spread)
         components = self.refined(self.decoder, components) if network else components
         with self.cast():
             patches = (components @ self.basis.T).float()
         return lap(patches.unflatten(2, (len(self.lapping), -1)).flatten(1, 2).mT, self.lapping.T)
 
+    def pick(self, spectrum: Tensor) -> Tensor:
+        """All numbers [B frames * C] -> those that are kept [B Z]"""
+        return spectrum[:, self.chosen]
+
+    def place(self, codes: Tensor) -> Tensor:
+        """Back again, with zeros for the others"""
+        return codes.new_zeros(len(codes), self.spread.numel()).index_copy(1, self.chosen, codes)
+
     def numbers(self, frames: int) -> int:
         return self.chosen_count
 
     def encode(self, audio: Tensor, frames: Tensor | None = None) -> Tensor:
         """Waveform [B CLIP] -> [B Z]; of a VAE the mean of the posterior"""
-        return self.to_codes(self.log_mel(audio))
+        return self.pick(self.to_spectrum(self.log_mel(audio)))
 
     def decode(self, latent: Tensor) -> Tensor:
         """[B Z] -> standardised log-mel [B M T]"""
-        return self.from_codes(latent)
+        return self.from_spectrum(self.place(latent))
 
     def baselines(self, audio: Tensor, frames: Tensor) -> dict[str, Tensor]:
-        """The linear code alone: principal components"""
-        return {"pca": self.from_codes(self.to_codes(self.log_mel(audio), network=False), network=False)}
+        """The linear code alone: the principal components that vary most"""
+        codes = MelFamily.pick(self, self.to_spectrum(self.log_mel(audio), network=False))
+        return {"pca": self.from_spectrum(MelFamily.place(self, codes), network=False)}
 
     @torch.no_grad()
-    def prepare(self, data: Any, device: torch.device) -> None:
+    def prepare(self, data: Any, device: torch.device) -> Tensor:
+        """Learn the linear code; returns the crops it was learned from, as [N frames * C] before they are scaled."""
         super().prepare(data, device)
-        count, variances = self.basis.shape[1], torch.zeros_like(self.spread)
+        count = self.basis.shape[1]
         clips = [(self.log_mel(b.audio).half(), b.frames) for b in data.training_crops(self.config, device)]
         covariance = self.basis.new_zeros(*[len(self.basis)] * 2)
         for mel, frames in clips:
@@ -372,12 +382,12 @@ class MelFamily(SoundFamily):
             rows = self.patches(mel.float())[starts < frames[:, None]]  # padding is no sound
             covariance += rows.T @ rows
         self.basis.copy_(torch.svd_lowrank(covariance, min(count + 32, len(covariance)), niter=3)[0][:, :count])
-        whole = [mel[frames == FRAMES] for mel, frames in clips if (frames == FRAMES).any()]
-        whole = whole or [mel for mel, _ in clips]
-        for mel in whole:
-            variances += (self.cosines @ (self.patches(mel.float()) @ self.basis)).square().sum(0)
-        self.spread.copy_((variances / sum(map(len, whole))).sqrt().clamp(min=1e-2))
+        whole = [mel[frames == FRAMES] for mel, frames in clips]
+        whole = whole if any(map(len, whole)) else [mel for mel, _ in clips]
+        spectra = torch.cat([self.cosines @ (self.patches(mel.float()) @ self.basis) for mel in whole])
+        self.spread.copy_(spectra.square().mean(0).sqrt().clamp(min=1e-2))
         self.chosen.copy_(self.spread.flatten().topk(len(self.chosen)).indices)
+        return spectra.flatten(1)
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
@@ -386,19 +396,49 @@ class MelFamily(SoundFamily):
 
 
 class AudioAutoencoder(MelFamily):
-    """A residual autoencoder: a clip's log-mel [128 256] becomes one vector of `latent_dim` numbers and returns."""
+    """A residual autoencoder: a clip's log-mel [128 256] becomes one vector of `latent_dim` numbers and returns. The
+    last says which of SETS sets the others belong to: with few numbers it pays to keep of drums what varies there."""
     config_class = AutoencoderConfig
     margin = 16
     can_sample = False
+    SETS = 64
 
     def __init__(self, config: AutoencoderConfig, data: DataInfo) -> None:
         super().__init__(config, data, config.latent_dim, 16)
+        total, first = self.spread.numel(), torch.arange(len(self.chosen) - 1)
+        self.register_buffer("sets", (first + torch.arange(self.SETS)[:, None]) % total)
 
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """MSE of the standardised log-mel: what is measured"""
         target = self.log_mel(batch.audio)
-        mse = masked_mean((self.decode(self.to_codes(target)) - target).square(), batch.frames)
+        decoded = self.decode(self.pick(self.to_spectrum(target)))
+        mse = masked_mean((decoded - target).square(), batch.frames)
         yield "model", mse, {"mse": mse.detach()}
+
+    def pick(self, spectrum: Tensor) -> Tensor:
+        index = self.kept((spectrum.detach() * self.spread.flatten()).square(), self.sets).argmax(1)
+        return torch.cat([spectrum.gather(1, self.sets[index]), index[:, None].to(spectrum)], 1)
+
+    def place(self, codes: Tensor) -> Tensor:
+        chosen = self.sets[codes[:, -1].round().long() % self.SETS]
+        return codes.new_zeros(len(codes), self.spread.numel()).scatter(1, chosen, codes[:, :-1])
+
+    @staticmethod
+    def kept(energies: Tensor, sets: Tensor) -> Tensor:
+        """Energies [N D] -> how much of them each set [SETS Z - 1] keeps [N SETS]"""
+        return energies @ energies.new_zeros(len(sets), energies.shape[1]).scatter(1, sets, 1.0).T
+
+    @torch.no_grad()
+    def prepare(self, data: Any, device: torch.device) -> None:
+        """Sets like the means of k-means: each holds what varies most in those clips of which it keeps most."""
+        energies = super().prepare(data, device).square()
+        mean, count = energies.mean(0), self.sets.shape[1]
+        seeds = energies[torch.linspace(0, len(energies) - 1, self.SETS).long()]
+        self.sets.copy_((seeds + mean).topk(count).indices)
+        for _ in range(8):
+            index = self.kept(energies, self.sets).argmax(1)
+            for number in range(self.SETS):
+                self.sets[number] = (energies[index == number].sum(0) + 5 * mean).topk(count).indices
 
 
 def cosines(size: int, shift: float) -> Tensor:
@@ -495,7 +535,7 @@ class AudioVAE(MelFamily):
 
     def posterior(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised log-mel [B M T] -> mean and log-variance [B Z] of q(z|x)"""
-        mean = self.to_codes(mel)
+        mean = self.pick(self.to_spectrum(mel))
         return mean, self.log_variance.clamp(-14, 4).expand_as(mean)
 
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:

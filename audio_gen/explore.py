@@ -88,13 +88,14 @@ def interpolate(command: Command, world: World) -> int:
     tracks = [ag.Track(file.name, "file", ag.read_audio(file).numpy()) for file in options.input]
     ends = [max(ag.fixed_clips([track]), key=lambda clip: float(ag.cut(*clip).square().sum())) for track in tracks]
     start, end = model.encode(ag.clip_batch(ends, world.device).audio).split(1)
-    ends = [model.render(model.decode(code), options.phase).square().mean().sqrt().item() for code in (start, end)]
+    loudness = [model.render(model.decode(code), options.phase).square().mean().sqrt().item() for code in (start, end)]
+    spectra = [model.place(code) for code in (start, end)]  # two latents may hold numbers of different components
     pieces, columns = [], []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        decoded = model.decode(start + share * (end - start))
+        decoded = model.from_spectrum(torch.lerp(*spectra, share))
         piece = model.render(decoded, options.phase)[0].cpu()
-        loudness = ends[0] ** (1 - share) * ends[1] ** share  # a mean of two spectra has fewer peaks: it would be quiet
-        piece *= loudness / piece.square().mean().sqrt().clamp(min=1e-9)
+        # a mean of two log spectra has fewer peaks than either: it would be quiet
+        piece *= loudness[0] ** (1 - share) * loudness[1] ** share / piece.square().mean().sqrt().clamp(min=1e-9)
         edge = (torch.arange(HOP) + 0.5) / HOP  # 20 ms in and out, so that the joints do not click
         piece[:HOP] *= edge
         piece[-HOP:] *= edge.flip(0)
