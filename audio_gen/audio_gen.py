@@ -445,7 +445,7 @@ def cosines(size: int, shift: float) -> Tensor:
     """The orthogonal cosine transform [size size] of type II (shift 0) or IV (shift 1/2), in float64"""
     lines = torch.arange(size, dtype=torch.float64)[:, None] + shift
     matrix = (2 / size) ** 0.5 * torch.cos(math.pi / size * lines * (torch.arange(size) + 0.5))
-    return matrix * torch.where(lines == 0, 0.5 ** 0.5, 1.0)
+    return torch.where(lines == 0, matrix * 0.5 ** 0.5, matrix)
 
 
 def lapping(patch: int) -> Tensor:
