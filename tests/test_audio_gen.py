@@ -1209,7 +1209,7 @@ def test_samples_from_the_prior(model_file, no_pictures):
 
 
 def test_samples_show_no_borders_of_patches():
-    """From frame to frame a sample changes across a border of two patches about as much as within a patch: 1.2 times, of
+    """From frame to frame a sample changes across a border of two patches about as much as within one: 1.2 times, of
     the VAE whose patches did not lap 41 times."""
     state = ag.load_checkpoint(SCRIPT.path.parent / "pretrained" / "audio_vae.pt")
     mel = ag.restore_model(state).eval().sample(ag.Noise(0, range(16), CPU))
