@@ -2,22 +2,22 @@
 """Regenerate music from a few numbers, and honestly measure how well: one file, no framework.
 
     python audio_gen.py --dataset synthetic                     train an autoencoder, no download
-    python audio_gen.py --mode infer --input song.wav           give a file back (shipped weights if none were trained)
+    python audio_gen.py --mode infer --input song.wav           make a small file of it, and give it back from that
     python audio_gen.py --mode evaluate                         SDR, SNR, PESQ ... between their floors and ceilings
 
 Read top to bottom; `grep '^# ===' audio_gen.py` prints the table of contents: the models first, the machine room last.
-Letters for shapes: B batch, L samples, M mel bins, T frames, Z latent width, K pairs of a sparse code, R rows. Sound is
-mono at 16 kHz, float in [-1, 1]; a clip has 256 frames (5.12 s). Metrics take (estimate, reference), in this order.
+Letters for shapes: B batch, L samples, M mel bins, T frames, C channels, N lines of a frame, Z latent width, R rows.
+Sound is mono at 16 kHz, float in [-1, 1], but for the codec's files; a clip has 256 frames (5.12 s). Metrics take
+(estimate, reference), in this order.
 
 References
-    [Aharon06]   Aharon, Elad, Bruckstein: K-SVD: An Algorithm for Designing Overcomplete Dictionaries, 2006
+    [Balle18]    Balle, Minnen, Singh, Hwang, Johnston: Variational Image Compression with a Scale Hyperprior, 2018
     [Gray76]     Gray, Markel: Distance Measures for Speech Processing (log-spectral distance), 1976
     [Griffin84]  Griffin, Lim: Signal Estimation from Modified Short-Time Fourier Transform, 1984
     [He16]       He, Zhang, Ren, Sun: Identity Mappings in Deep Residual Networks, 2016
     [Kingma14]   Kingma, Welling: Auto-Encoding Variational Bayes, 2014
     [Lee01]      Lee, Seung: Algorithms for Non-negative Matrix Factorization, 2001
     [LeRoux19]   Le Roux, Wisdom, Erdogan, Hershey: SDR - Half-baked or Well Done?, 2019
-    [Mallat93]   Mallat, Zhang: Matching Pursuits with Time-Frequency Dictionaries, 1993
     [Perraudin13] Perraudin, Balazs, Sondergaard: A Fast Griffin-Lim Algorithm, 2013
     [Princen87]  Princen, Johnson, Bradley: Subband/Transform Coding Based on Time Domain Aliasing Cancellation, 1987
     [Rafii17]    Rafii, Liutkus, Stoeter, Mimilakis, Bittner: The MUSDB18 Corpus for Music Separation, 2017
@@ -45,6 +45,7 @@ import pickle
 import re
 import shutil
 import signal
+import struct
 import sys
 import time
 import warnings
@@ -253,6 +254,7 @@ class SoundFamily(Family):
     margin = 0  # frames at either end of a clip that it decodes worse than the others
     whole_clips = False  # whether a code is as long for a part of a clip as for all of it
     can_interpolate = True
+    actions: dict[str, Callable[[Command, World], int]]  # what --mode infer and evaluate do
 
     def __init__(self, config: Any, data: DataInfo) -> None:
         super().__init__(config, data)
@@ -264,6 +266,10 @@ class SoundFamily(Family):
     @abc.abstractmethod
     def numbers(self, frames: int) -> int:
         """How many numbers describe a clip of which so many frames hold sound."""
+
+    def rate_text(self) -> str:
+        """What its description of a sound weighs, for titles."""
+        return f"{numbers_per_second(self):.4g} numbers/s of a clip"
 
     @abc.abstractmethod
     def encode(self, audio: Tensor, frames: Tensor | None = None) -> Any:
@@ -315,6 +321,13 @@ class MelFamily(SoundFamily):
         self.register_buffer("chosen", torch.arange(self.chosen_count))
         self.encoder = residual_stack(components, config.width, 1)
         self.decoder = residual_stack(components, config.width, 2)
+
+    def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """MSE of the standardised log-mel: what is measured"""
+        target = self.log_mel(batch.audio)
+        decoded = self.decode(self.pick(self.to_spectrum(target)))
+        mse = masked_mean((decoded - target).square(), batch.frames)
+        yield "model", mse, {"mse": mse.detach()}
 
     def log_mel(self, audio: Tensor) -> Tensor:
         """Waveform [B L] -> standardised log-mel [B M T]"""
@@ -407,13 +420,6 @@ class AudioAutoencoder(MelFamily):
         super().__init__(config, data, config.latent_dim, 16)
         total, first = self.spread.numel(), torch.arange(len(self.chosen) - 1)
         self.register_buffer("sets", (first + torch.arange(self.SETS)[:, None]) % total)
-
-    def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """MSE of the standardised log-mel: what is measured"""
-        target = self.log_mel(batch.audio)
-        decoded = self.decode(self.pick(self.to_spectrum(target)))
-        mse = masked_mean((decoded - target).square(), batch.frames)
-        yield "model", mse, {"mse": mse.detach()}
 
     def pick(self, spectrum: Tensor) -> Tensor:
         index = self.kept((spectrum.detach() * self.spread.flatten()).square(), self.sets).argmax(1)
@@ -583,252 +589,521 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
-# === waveform variational autoencoder ===
+# === codec ===
+# A variational autoencoder in the sense of learned compression [Balle18]: the latent is the waveform's MDCT, rounded
+# to a step; its posterior is uniform noise of one step, its prior is learned: the KL divergence is a file's length.
 
-class MDCT(nn.Module):
-    """Modified discrete cosine transform, window 640 (sine), hop 320 [Princen87]: waveform [B L] <-> [B 320 L/320].
-    Orthogonal and exact both ways, and an error in coefficients is the same error in the waveform: neighbouring blocks
-    are rotated into each other around their border, then each gets a DCT-IV. Nothing is folded at the two ends."""
+SCALES, PER_OCTAVE = 64, 4  # of the tables of probabilities: the expected magnitude goes up by an octave in four
+LARGEST = 40  # magnitude that a table still holds; a larger one is an escape
+PLAIN_SCALES = 24  # tables without low bits: beyond, each octave sends one more bit of a magnitude as it is
+SKEW, LAG = 5, 3  # lines that a frame stays behind the one before it, and the second channel behind the first
+CHUNK_FRAMES = 256  # frames of a chunk of the file, which can be read without the others: 5.5 to 8.2 s
+BANDS, PAN_BANDS, ANGLES = 32, 16, 64  # of frequency, for the network and for stereo; angles of a half turn
+STEP_OCTAVE = 128  # step sizes of the quantiser per octave
+FINEST = 15 * STEP_OCTAVE  # index of the smallest step: 2^-15, so that the loudest lines stay below LOUDEST steps
+LOUDEST = 2 ** 22  # magnitude that a file can hold
+CONTEXT = {"now": range(-10, 0), "past1": range(-5, 5), "past2": range(-2, 4), "memory": range(-3, 5),
+           "other": range(-2, 3)}  # lines around the one to be coded, in what is known before it
+LEFT, RIGHT = 10, 4  # how far they reach
 
-    def __init__(self) -> None:
+
+def frame_size(rate: int) -> int:
+    """Samples of a frame: about the 23 to 32 ms that measured best."""
+    return 512 if rate <= 24_000 else 1024
+
+
+def rotate(blocks: Tensor, sign: float) -> Tensor:
+    """[... F N] -> the same, neighbours rotated into each other around their borders by the sine window: with a DCT-IV
+    of each block afterwards the MDCT [Princen87], orthogonal; sign -1 undoes it. Nothing is folded at the two ends."""
+    half = blocks.shape[-1] // 2
+    angle = math.pi / (4 * half) * (torch.arange(half, dtype=blocks.dtype, device=blocks.device) + 0.5 + half)
+    near, far = angle.sin(), angle.cos()
+    left, right = blocks[..., :-1, half:].flip(-1), blocks[..., 1:, :half]
+    left, right = near * left - sign * far * right, near * right + sign * far * left
+    result = blocks.clone()
+    result[..., :-1, half:], result[..., 1:, :half] = left.flip(-1), right
+    return result
+
+
+def dct4(x: Tensor) -> Tensor:
+    """The orthonormal DCT-IV of the last axis, its own inverse, by an FFT of half the length."""
+    size = x.shape[-1]
+    twist = torch.polar(torch.ones(size // 2, dtype=x.dtype, device=x.device),
+                        -math.pi * (torch.arange(size // 2, dtype=x.dtype, device=x.device) / size + 0.125 / size))
+    z = torch.fft.fft(torch.complex(x[..., ::2], x.flip(-1)[..., ::2]) * twist) * twist
+    return torch.stack([z.real, -z.imag.flip(-1)], -1).flatten(-2) * math.sqrt(2 / size)
+
+
+LEVELS = torch.tensor([min(127, round(16 * math.log2(1 + n))) for n in range(256)], dtype=torch.float32)
+
+
+def level(magnitudes: Tensor) -> Tensor:
+    """Whole numbers 0 to 127, sixteen to an octave: what the network sees of a magnitude."""
+    return LEVELS.to(magnitudes.device)[magnitudes.clamp(max=255).long()]
+
+
+def memories(levels: Tensor) -> Tensor:
+    """[B T N] -> before each frame a mean of the levels so far, which forgets a quarter at each; whole numbers"""
+    before = torch.zeros_like(levels)
+    before[:, 1:2] = levels[:, :1]
+    for t in range(1, levels.shape[1] - 1):
+        torch.mul(before[:, t], 3, out=before[:, t + 1]).add_(levels[:, t]).add_(2).mul_(0.25).floor_()
+    return before
+
+
+class Rounded(torch.autograd.Function):
+    """Rounding that lets gradients pass."""
+
+    @staticmethod
+    def forward(_context: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Activation(torch.autograd.Function):
+    """A whole number of 1/64 -> the nearest whole number from 0 to 255"""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        context.save_for_backward((x > 0) & (x < 255 * 64))
+        return (x / 64).clamp_(0, 255).round_()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient * context.saved_tensors[0] / 64
+
+
+def whole(weights: Tensor, unit: float = 64, limit: float = 127) -> Tensor:
+    return Rounded.apply((weights * unit).clamp(-limit, limit))
+
+
+class ContextModel(nn.Module):
+    """Which table of probabilities a line's magnitude is coded with, from the magnitudes that are known before it.
+
+    All of it is arithmetic of whole numbers below 2^24, which float32 holds exactly, in whatever order a machine adds
+    them up: encoder and decoder agree to the bit, whoever runs them."""
+
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        n = torch.arange(HOP, dtype=torch.float64) + 0.5
-        self.register_buffer("dct", (torch.cos(math.pi / HOP * n[:, None] * n) * math.sqrt(2 / HOP)).float(), False)
-        window = torch.sin(math.pi / (2 * HOP) * n).float()
-        self.register_buffer("near", window[HOP // 2:], False)  # from the border outwards
-        self.register_buffer("far", window[:HOP // 2].flip(0), False)
+        inputs, narrow = sum(map(len, CONTEXT.values())), hidden // 2
+        self.enter = nn.Parameter(torch.randn(inputs, hidden) * 0.9 / inputs ** 0.5)
+        self.band = nn.Parameter(torch.zeros(BANDS, hidden))
+        self.channel = nn.Parameter(torch.zeros(3, hidden))  # alone, first, second
+        self.inner = nn.Parameter(torch.randn(hidden, narrow) * 1.2 / hidden ** 0.5)
+        self.inner_bias = nn.Parameter(torch.zeros(narrow))
+        self.leave = nn.Parameter(torch.randn(narrow, 1) * 0.5 / narrow ** 0.5)
+        self.leave_bias = nn.Parameter(torch.tensor([8.0]))
+        scale = (0.06 * 2 ** (torch.arange(SCALES) / PER_OCTAVE) / 2.0 ** low_bits(torch.arange(SCALES)))[:, None]
+        steps = torch.arange(1, LARGEST + 1)
+        table = torch.cat([-torch.expm1(-0.5 / scale), (-steps / scale).exp() * 2 * (0.5 / scale).sinh()], 1)
+        self.tables = nn.Parameter(table.clamp(min=1e-7).log())  # of Laplace distributions, at first
 
-    def _rotate(self, blocks: Tensor, sign: float) -> Tensor:
-        left, right = blocks[:, :-1, HOP // 2:].flip(-1), blocks[:, 1:, :HOP // 2]
-        left, right = self.near * left - sign * self.far * right, self.near * right + sign * self.far * left
-        first, last = blocks[:, :1, :HOP // 2], blocks[:, -1:, HOP // 2:]
-        return torch.cat([torch.cat([first, right], 1), torch.cat([left.flip(-1), last], 1)], 2)
+    def weights(self) -> tuple[Tensor, ...]:
+        """The whole numbers that decide: inputs, biases, hidden ones, output"""
+        return (whole(self.enter), whole(self.band, 2048, 2 ** 20), whole(self.channel, 2048, 2 ** 20),
+                whole(self.inner), whole(self.inner_bias, 2048, 2 ** 20), whole(self.leave),
+                whole(self.leave_bias, 1024, 2 ** 16))
 
-    def forward(self, audio: Tensor) -> Tensor:
-        return (self._rotate(audio.view(len(audio), -1, HOP), 1) @ self.dct).transpose(1, 2)
+    def forward(self, features: Tensor, bands: Tensor, channel: int) -> Tensor:
+        """Levels [39 ... N] of lines in `bands` [N] -> index of the table, still with a fraction: [... N]"""
+        enter, band, kind, inner, bias, leave, last = self.weights()
+        shape = features[0].numel() // len(bands), len(bands), enter.shape[1]
+        h = (features.flatten(1).mT @ enter).view(shape) + (band[bands] + kind[channel])
+        h = Activation.apply(Activation.apply(h) @ inner + bias)
+        return ((h @ leave + last) / 1024).view(features.shape[1:]).clamp(0, SCALES - 1)
 
-    def inverse(self, lines: Tensor) -> Tensor:
-        return self._rotate(lines.transpose(1, 2) @ self.dct, -1).flatten(1)
+    def bits(self, index: Tensor, magnitudes: Tensor) -> Tensor:
+        """Code length of magnitudes and signs; between two tables, between their lengths."""
+        lengths = (F.log_softmax(self.tables, 1) / -math.log(2)).view(-1, 1)
+        lower = index.detach().floor().long().clamp(max=SCALES - 2)
+
+        def length(table: Tensor) -> Tensor:
+            low = low_bits(table)
+            value, beyond = (magnitudes >> low).clamp(max=LARGEST), (magnitudes >> low) - LARGEST + 1
+            escape = torch.frexp(beyond.clamp(min=1).float()).exponent + 4
+            return F.embedding(table * (LARGEST + 1) + value, lengths)[..., 0] + low + escape * (value == LARGEST)
+
+        share = index - lower
+        return (1 - share) * length(lower) + share * length(lower + 1) + (magnitudes > 0)
 
 
-class SparseCode(NamedTuple):
-    """What a clip is reduced to: K pairs of numbers, and its level."""
-    atom: Tensor  # [B K] int64, patch * atoms + atom: which pattern stands where
-    amplitude: Tensor  # [B K] in units of the level; 0 for pairs that a shorter clip does not get
-    level: Tensor  # [B 1] root mean square of the waveform
+def low_bits(table: Any) -> Any:
+    """How many of a magnitude's bits are sent as they are, beside what the table of this index codes"""
+    return (table - PLAIN_SCALES).clip(0) // PER_OCTAVE
+
+
+def around(planes: Tensor, offsets: Iterable[int]) -> list[Tensor]:
+    """[... N] -> for each offset the line so far away, 0 beyond the ends"""
+    padded, count = F.pad(planes, (LEFT, RIGHT)), planes.shape[-1]
+    return [padded[..., LEFT + d:LEFT + d + count] for d in offsets]
+
+
+def context_planes(levels: Tensor, other: Tensor | None) -> dict[str, Tensor]:
+    """Levels [B T N] of a channel, of the first one for the second -> what CONTEXT looks at"""
+    past = F.pad(levels, (0, 0, 2, 0))
+    return {"now": levels, "past1": past[:, 1:-1], "past2": past[:, :-2], "memory": memories(levels),
+            "other": torch.zeros_like(levels) if other is None else other}
+
+
+def bands_of(lines: int, rate: int, count: int) -> Tensor:
+    """[lines] -> which of `count` bands each belongs to; they widen with frequency"""
+    frequency = (torch.arange(lines) + 0.5) * rate / 2 / lines
+    return (torch.log1p(frequency / 300) / math.log1p(24_000 / 300) * count).long().clamp(max=count - 1)
 
 
 @dataclass(frozen=True)
-class WaveformConfig(RunConfig):
-    learning_rate: float = option(3e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
-    latent_dim: int = option(80, "model", "latent numbers per frame, on average", number(int, 2, HOP))
-    atoms: int = option(1024, "model", "patterns in the dictionary", number(int, 16, 65536))
+class CodecConfig(RunConfig):
+    epochs: int = option(20, "optimisation", "passes over the training set, of --crops crops each", number(int, 1))
+    crops: int = option(4096, "optimisation", "random 5.12 s crops that make one epoch", number(int, 1, 1e9))
+    batch_size: int = option(8, "optimisation", "clips per step, over all processes", number(int, 1, 1e6))
+    learning_rate: float = option(4e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
+    weight_decay: float = option(0.0, "optimisation", "weight decay of AdamW", number(float, 0))
+    hidden: int = option(64, "model", "width of the context model", number(int, 8, 256))
+    bitrate: float = option(128, "regeneration", "kbit/s of the file in all, headers included",
+                            number(float, 1, 10_000))
+    quality: float | None = option(None, "regeneration", "step of the quantiser in dB below full scale, instead of "
+                                   "--bitrate: the error has about 11 dB less", number(float, 0, 90))
 
 
-class WaveformVAE(SoundFamily):
-    """A VAE that keeps the phase: its latent is a sparse code of the waveform's MDCT.
+class Quantised(NamedTuple):
+    """Lines of a stretch of sound as a file holds them."""
+    values: np.ndarray  # int32 [C T N], in steps
+    tables: np.ndarray  # int64 [C T N]: which table codes each magnitude
+    bits: float
 
-    A clip [320 x 256] is cut into 5,120 patches of 4 lines x 4 frames. Latent numbers are pairs: which of the learned
-    patterns (atoms) stands in which patch, and how strong. The posterior of an amplitude is a Gaussian around what
-    matching pursuit finds [Mallat93], its prior a Gaussian learned for each atom; the choice of atoms is the most
-    likely one. All pairs of a clip share one budget: loud and dense moments get more than silence."""
-    config_class = WaveformConfig
-    results_folder = "waveform_vae"
+
+class Codec(SoundFamily):
+    """Rounds the MDCT of a sound to steps, which is all that is lost, and codes the rest by learned probabilities."""
+    config_class = CodecConfig
+    results_folder = "codec"
     phases = ("own",)
     per_frame = HOP
     can_sample = can_interpolate = False
-    fixed = {"blocks": (0,), "spectral_weight": (1,), "beta": (0.2,)}
-    PATCH = 4  # lines and frames of a patch
+    FRAMES_A_STEP = 16  # of each clip that a training step looks at: neighbours have little new to say
 
-    def __init__(self, config: WaveformConfig, data: DataInfo) -> None:
+    def __init__(self, config: CodecConfig, data: DataInfo) -> None:
         super().__init__(config, data)
-        self.mdct = MDCT()
-        self.dictionary = nn.Parameter(F.normalize(torch.randn(config.atoms, self.PATCH ** 2), dim=1))
-        self.log_prior = nn.Parameter(torch.zeros(config.atoms))  # of the amplitudes' standard deviation
-        self.log_posterior = nn.Parameter(torch.tensor(-4.0))
-        self.register_buffer("band_edges", (HOP * (torch.linspace(0, 1, 25)[1:] ** 2)).round().long() - 1, False)
+        self.context = ContextModel(config.hidden)
 
-    def load_state_dict(self, state: dict[str, Tensor], *rest: Any, **more: Any) -> Any:
-        """Older files also hold the principal components of frames, which a baseline used."""
-        return super().load_state_dict({k: v for k, v in state.items() if k != "principal"}, *rest, **more)
+    def rate_text(self) -> str:
+        rate, quality = self.config.bitrate, self.config.quality
+        return f"{rate:g} kbit/s" if quality is None else f"steps of -{quality:g} dB"
 
-    def numbers(self, frames: int) -> int:
-        return self.config.latent_dim * frames
+    def optimizer(self, player: nn.Module) -> torch.optim.Optimizer:
+        """All but the statistics of the mel spectrogram, which only metrics use, is the context model."""
+        return super().optimizer(self.context)
 
-    def atoms(self) -> Tensor:
-        return F.normalize(self.dictionary, dim=1)
-
-    def patches(self, lines: Tensor) -> Tensor:
-        """[B 320 T] -> [B patches 16]"""
-        size = self.PATCH
-        planes = lines.view(len(lines), HOP // size, size, -1, size).permute(0, 1, 3, 2, 4)
-        return planes.reshape(len(lines), -1, size * size)
-
-    def lines(self, patches: Tensor) -> Tensor:
-        """[B patches 16] -> [B 320 T]"""
-        size = self.PATCH
-        planes = patches.view(len(patches), HOP // size, -1, size, size).permute(0, 1, 3, 2, 4)
-        return planes.reshape(len(patches), HOP, -1)
-
-    def pairs(self, frames: int) -> int:
-        """How many pairs a clip of so many frames is worth; one number goes to its level."""
-        return (self.numbers(frames) - 1) // 2
-
-    @torch.no_grad()
-    def encode(self, audio: Tensor, frames: Tensor | None = None) -> SparseCode:
-        """Waveform [B L] -> its code; a clip of which only `frames` [B] hold sound gets a smaller budget."""
-        level = audio.square().mean(1, keepdim=True).sqrt().clamp(min=1e-8)
-        patches, atoms = self.patches(self.mdct(audio / level)), self.atoms()
-        most, total = self.pairs(audio.shape[1] // HOP), audio.shape[1] // HOP
-        code = patches.new_zeros(len(audio), most, dtype=torch.long), patches.new_zeros(len(audio), most)
-        for i, clip in enumerate(patches):
-            count = self.pairs(int(frames[i]) if frames is not None else total)
-            where, atom, amplitude = matching_pursuit(clip, atoms, count)
-            code[0][i, :len(atom)] = where * len(atoms) + atom
-            code[1][i, :len(atom)] = amplitude
-        return SparseCode(*code, level)
-
-    def decode(self, code: SparseCode) -> Tensor:
-        """Its code -> waveform [B 1 CLIP]"""
-        return self.mdct.inverse(self.add_up(code) * code.level[:, None])[:, None]
-
-    def add_up(self, code: SparseCode) -> Tensor:
-        """The sum of the atoms: [B 320 T] in units of the level"""
-        atoms, count = self.atoms(), FRAMES * HOP // self.PATCH ** 2
-        clip = torch.arange(len(code.atom), device=atoms.device)[:, None] * count
-        terms = code.amplitude[..., None] * atoms[code.atom % len(atoms)]
-        patches = terms.new_zeros(len(code.atom) * count, atoms.shape[1])
-        where = (code.atom // len(atoms) + clip).flatten()
-        return self.lines(patches.index_add(0, where, terms.flatten(0, 1)).view(len(code.atom), count, -1))
+    def lines(self, audio: Tensor, rate: int = SAMPLE_RATE) -> Tensor:
+        """Waveform [... L], L a multiple of the frame -> its MDCT [... T N]; orthonormal"""
+        return dct4(rotate(audio.unflatten(-1, (-1, frame_size(rate))), 1))
 
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Waveform error in dB, band levels in nepers, and the KL divergence of the amplitudes in nats."""
-        code = self.encode(batch.audio, batch.frames)
-        used = code.amplitude != 0
-        noise = batch.draw.normal(code.amplitude.shape[1]) * self.log_posterior.exp()
-        sent = code._replace(amplitude=(code.amplitude + noise) * used)
-        target, estimate = self.mdct(batch.audio / code.level), self.add_up(sent)
-        error = (estimate - target).square().sum((1, 2)) + 1e-6 * target.square().sum((1, 2)) + 1e-9
-        decibels = 10 * (error.log10() - (target.square().sum((1, 2)) + 1e-9).log10()).mean()
-        bands = self._bands(estimate) - self._bands(target)
-        kl = (self._kl(code) * used).sum() / used.sum().clamp(min=1)
-        loss = decibels + masked_mean(bands.abs(), batch.frames) + 0.2 * kl
-        yield "model", loss, {"sdr_db": -decibels.detach(), "kl": kl.detach()}
+        """Bits per line of crops at random steps, alone or as first and second channel: the KL divergence between the
+        uniform noise of one step and the prior. The transform has nothing to learn, so that the values are the
+        rounded ones themselves and the distortion is the same for all weights: rate is all there is to minimise."""
+        rows, draw = len(batch.audio), batch.draw
+        share, gain, leak = draw.uniform(3).T[..., None]
+        second = 10 ** (-1.5 * gain) * batch.audio.roll(1, 0) + 0.5 * leak * batch.audio
+        lines = self.lines(torch.stack([batch.audio, second], 1))
+        loud = lines.square().mean((1, 2, 3)).sqrt().clamp(min=1e-4)
+        steps = loud * 2 ** (7.5 * share[:, 0] - 6.5)
+        magnitudes = (lines / steps[:, None, None, None]).round().abs().long()
+        levels = level(magnitudes)  # below: what does not depend on which rows are this process's
+        frames = torch.randperm(lines.shape[2], generator=draw.generator)[:self.FRAMES_A_STEP].to(levels.device)
+        alone = (torch.arange(rows, device=levels.device) + (draw.rows.start or 0)) % 2 == 0
+        bits = [self.bits_of(levels[alone, 0], None, magnitudes[alone, 0], 0, frames),
+                self.bits_of(levels[~alone, 0], None, magnitudes[~alone, 0], 1, frames),
+                self.bits_of(levels[~alone, 1], levels[~alone, 0], magnitudes[~alone, 1], 2, frames)]
+        loss = torch.cat([part.flatten() for part in bits]).mean()
+        yield "model", loss, {"bits_per_line": loss.detach()}
 
-    def _kl(self, code: SparseCode) -> Tensor:
-        """KL(posterior || prior) of each amplitude, in nats: [B K]"""
-        prior, noise = self.log_prior[code.atom % self.config.atoms], self.log_posterior
-        return prior - noise + 0.5 * ((code.amplitude.square() + (2 * noise).exp()) / (2 * prior).exp() - 1)
-
-    def _bands(self, lines: Tensor) -> Tensor:
-        """Level of 24 bands that widen with frequency, natural log of amplitude: [B 24 T]"""
-        energy = lines.square().cumsum(1)[:, self.band_edges]
-        return 0.5 * (torch.diff(energy, dim=1, prepend=torch.zeros_like(energy[:, :1])) + 1e-4).log()
+    def bits_of(self, levels: Tensor, other: Tensor | None, magnitudes: Tensor, channel: int, frames: Tensor) -> Tensor:
+        """Code length [B F N] of some frames of a channel, [B T N]"""
+        planes = context_planes(levels, other)
+        features = torch.stack([line for name, offsets in CONTEXT.items()
+                                for line in around(planes[name][:, frames], offsets)])
+        bands = bands_of(levels.shape[-1], SAMPLE_RATE, BANDS).to(levels.device)
+        return self.context.bits(self.context(features, bands, channel), magnitudes[:, frames])
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
-        """Signal to distortion in dB, and what the code weighs: the amplitudes' divergence, log2 of possible places"""
-        code, target = self.encode(batch.audio, batch.frames), batch.audio
-        estimate, sound, used = self.decode(code)[:, 0], target.square().sum(1) > 0, code.amplitude != 0
-        ratio = target.square().sum(1) / (estimate - target).square().sum(1).clamp(min=1e-12)
-        bits = math.log2(self.config.atoms * FRAMES * HOP // self.PATCH ** 2) + self._kl(code) / math.log(2)
-        return {"val_sdr_db": (10 * ratio[sound].log10()).mean().item() if sound.any() else 0.0,
-                "val_kbit_per_second": (bits * used).sum().item() / batch.frames.sum().item() * SAMPLE_RATE / HOP / 1e3}
+        """Bits per line at a step an eighth of the root mean square, and those of the plain coder"""
+        lines = self.lines(batch.audio)
+        steps = lines.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-4) / 8
+        magnitudes = (lines / steps).round().abs().long()
+        frames = torch.arange(0, lines.shape[1], 4, device=lines.device)
+        ours = self.bits_of(level(magnitudes), None, magnitudes, 0, frames)
+        plain = np.mean([plain_bits(clip.cpu().numpy()) / clip.numel() for clip in magnitudes])
+        return {"val_bits_per_line": ours.mean().item(), "val_plain_bits_per_line": float(plain)}
 
-    def prepare(self, data: Any, device: torch.device) -> None:
-        """Besides the statistics: a first dictionary by K-SVD on the training set [Aharon06], so that the gradient
-        starts from patterns instead of noise. Each atom is moved to the direction that its uses leave over."""
-        super().prepare(data, device)
-        pool = torch.cat([self.patches(self.mdct(b.audio / b.audio.square().mean(1, keepdim=True).sqrt().clamp(1e-4)))
-                          for b in itertools.islice(data.training_clips(device), 24)]).flatten(0, 1)
-        pool = pool[pool.square().sum(1) > 1e-3]
-        draw, atoms = torch.Generator().manual_seed(self.config.seed), self.atoms().detach()
-        for _ in range(30 if len(pool) else 0):
-            some = pool[torch.randint(len(pool), (20_000,), generator=draw).to(pool.device)]
-            count = len(some) * self.config.latent_dim * self.PATCH ** 2 // HOP // 2
-            where, atom, amplitude = matching_pursuit(some, atoms, count)
-            rest = some - torch.zeros_like(some).index_add_(0, where, amplitude[:, None] * atoms[atom])
-            moved = torch.zeros_like(atoms).index_add_(
-                0, atom, amplitude[:, None] * (rest[where] + amplitude[:, None] * atoms[atom]))
-            unused = torch.bincount(atom, minlength=len(atoms)) < 3
-            worst = rest.square().sum(1).topk(min(len(rest), len(atoms))).indices[:int(unused.sum())]
-            moved[unused.nonzero()[:len(worst), 0]] = rest[worst]
-            atoms = F.normalize(moved, dim=1)
-        self.dictionary.data.copy_(atoms)
+    def numbers(self, frames: int) -> int:
+        return frames * HOP
+
+    def encode(self, audio: Tensor, frames: Tensor | None = None) -> Tensor:
+        """Waveform [B CLIP] -> its lines [B T N] as a file of --bitrate would hold them"""
+        coder, decoded = Coder(self), []
+        for clip in self.lines(audio.cpu()).numpy()[:, None]:
+            step = step_size(coder.index_for(clip, SAMPLE_RATE, self.config))
+            values = coder.quantise(clip, SAMPLE_RATE, step).values
+            decoded.append(restored(values, centres_of(values, clip / step))[0] * step)
+        return torch.from_numpy(np.stack(decoded)).float().to(audio.device)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Lines [B T N] -> waveform [B 1 CLIP]"""
+        return rotate(dct4(latent), -1).flatten(1)[:, None]
 
     def render(self, decoded: Tensor, phase: str, original: Tensor | None = None) -> Tensor:
         return decoded[:, 0]
 
-    @torch.no_grad()
-    def baselines(self, audio: Tensor, frames: Tensor) -> dict[str, Tensor]:
-        """As many numbers without learning: the largest lines of each frame with their indices, and the largest
-        runs of four frames of a line with theirs, of the whole clip."""
-        lines, count = self.mdct(audio), self.config.latent_dim
-        magnitude = lines.abs()
-        large = lines * (magnitude >= magnitude.topk(count // 2, 1).values[:, -1:])
-        runs = lines.view(len(lines), HOP, -1, self.PATCH)
-        ranks = runs.square().sum(3).flatten(1).argsort(1, descending=True).argsort(1)
-        kept = ranks < (count * frames // (self.PATCH + 1))[:, None]
-        runs = (runs * kept.view(*runs.shape[:3], 1)).flatten(2)
-        return {"largest_lines": self.mdct.inverse(large)[:, None], "largest_runs": self.mdct.inverse(runs)[:, None]}
+
+def plain_bits(values: np.ndarray) -> float:
+    """What a file of a plain adaptive coder without network would hold for [T N] values: the magnitudes of two lower
+    lines and of the neighbours in the frame before choose one of 27 adaptive tables (their code length, that of the
+    Dirichlet-multinomial, does not depend on the order); signs as they are, escapes in Elias' gamma code."""
+    magnitudes, most = np.abs(values).astype(np.int64), 17
+    padded = np.pad(magnitudes, ((1, 0), (2, 1)))
+    near = 2 * padded[1:, 1:-2] + padded[1:, :-3] + padded[:-1, 1:-2] + 2 * padded[:-1, 2:-1] + padded[:-1, 3:]
+    edges = [*range(7), 8, 10, 13, 17, 22, 29, 38, 50, 66, 88, 120, 160, 220, 300, 420, 600, 900, 1400, 2200]
+    counts = np.zeros((len(edges), most + 1))
+    np.add.at(counts, (np.searchsorted(edges, near, "right") - 1, magnitudes.clip(max=most)), 1)
+    counts, prior = torch.from_numpy(counts), torch.tensor(0.125, dtype=torch.float64)
+    nats = torch.lgamma(prior * (most + 1) + counts.sum(1)) - torch.lgamma(prior * (most + 1)) - (
+        torch.lgamma(counts + prior) - torch.lgamma(prior)).sum(1)
+    escapes = magnitudes[magnitudes >= most] - most + 1
+    return nats.sum().item() / math.log(2) + float((magnitudes > 0).sum() + (2 * np.floor(np.log2(escapes)) + 1).sum())
 
 
-def strongest(products: Tensor) -> Tensor:
-    """Column of the largest magnitude in each row; in two steps, since an argmax is ten times as slow as a maximum."""
-    rows, columns = products.shape
-    groups = 32 if columns % 32 == 0 else 1
-    magnitude = products.abs().view(rows, groups, -1)
-    group = magnitude.amax(2).argmax(1)
-    return group * (columns // groups) + magnitude[torch.arange(rows, device=group.device), group].argmax(1)
+BIT_WORTH = 0.08  # square steps of error that a bit may save (measured; 0.12 is what halving a step gains at fine ones)
 
 
-def matching_pursuit(patches: Tensor, atoms: Tensor, count: int, most: int = 400) -> tuple[Tensor, Tensor, Tensor]:
-    """Matching pursuit with one budget for all patches: the `count` terms with the largest gains.
+def step_size(index: int) -> float:
+    return 2.0 ** (-index / STEP_OCTAVE)
 
-    patches [N D], atoms [A D] of length 1 -> patch, atom and amplitude of each term, loudest first. Exact, though most
-    of the work is left out: a patch with less energy than the weakest chosen term can't contribute another. The
-    amplitudes are then fitted together by a few steps of conjugate gradients."""
-    columns, rest = atoms.T.contiguous(), patches.clone()
-    last = torch.full((len(rest),), math.inf, device=rest.device)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    limit, gains = 1e-12 if count else math.inf, patches.new_zeros(0)
-    for _ in range(most):
-        energy = torch.minimum(rest.square().sum(1), last)
-        live = (energy > limit).nonzero()[:, 0]
-        if len(gains) < count and len(live) > 2048:  # as long as the limit is not known: the loudest first
-            live = energy.topk(2048).indices
-        if not len(live):
-            break
-        part = rest[live]
-        products = part @ columns
-        atom = strongest(products)
-        amplitude = products.gather(1, atom[:, None])[:, 0]
-        rest[live] = part - amplitude[:, None] * atoms[atom]
-        gain = torch.minimum(last[live] * (1 - 1e-6), amplitude.square())  # a term comes after what it builds upon
-        last[live] = gain
-        found.append((live, atom, torch.stack([amplitude, gain], 1)))
-        gains = torch.cat([gains[gains >= limit], gain])
-        if len(gains) >= count:
-            limit = gains.kthvalue(len(gains) - count + 1).values.item()
-    if not found:
-        return tuple(patches.new_zeros(0, dtype=kind) for kind in (torch.long, torch.long, patches.dtype))
-    where, atom, both = (torch.cat(column) for column in zip(*found, strict=True))
-    best = both[:, 1].topk(min(count, len(both))).indices
-    where, atom, amplitude = where[best], atom[best], both[best, 0]
-    chosen = atoms[atom]
 
-    def add_up(values: Tensor) -> Tensor:
-        return torch.zeros_like(patches).index_add_(0, where, values[:, None] * chosen)
+def top_line(magnitudes: np.ndarray) -> int:
+    """Lines [C T N] above it are all zero; a multiple of 8"""
+    used = magnitudes.any((0, 1)).nonzero()[0]
+    return -(-(int(used[-1]) + 1) // 8) * 8 if len(used) else 0
 
-    gradient = ((patches - add_up(amplitude))[where] * chosen).sum(1)
-    direction, size = gradient, gradient.square().sum()
-    for _ in range(4):
-        change = add_up(direction)
-        step = size / change.square().sum().clamp(min=1e-20)
-        amplitude, gradient = amplitude + step * direction, gradient - step * (change[where] * chosen).sum(1)
-        size, before = gradient.square().sum(), size
-        direction = gradient + size / before.clamp(min=1e-20) * direction
-    return where, atom, amplitude
+
+def centres_of(values: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """int8 [C 3]: by how much the mean of what became 1, 2 and more differs from that, in 1/256 of a step"""
+    magnitudes, means = np.abs(values), np.zeros((len(values), 3))
+    for c, i in itertools.product(range(len(values)), range(3)):
+        where = magnitudes[c] == i + 1 if i < 2 else magnitudes[c] > 2
+        if where.any():
+            means[c, i] = (np.abs(exact[c][where]) - magnitudes[c][where]).mean()
+    return np.rint(256 * means).clip(-128, 127).astype(np.int8)
+
+
+def restored(values: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Values [C T N] -> float64, in steps"""
+    moved = np.concatenate([np.zeros((len(values), 1)), centres / 256], 1)
+    return values + np.sign(values) * moved[np.arange(len(values))[:, None, None], np.abs(values).clip(max=3)]
+
+
+def finer(bits: float, spent: float, lines: int) -> int:
+    """By how much the step's index may grow for so many more bits: a line that is not zero costs one more an octave"""
+    return math.floor(bits * STEP_OCTAVE / (max(0.2, min(1.0, 0.6 * spent / lines + 0.1)) * lines))
+
+
+class Coder:
+    """A trained codec at work: sound <-> chunks of bytes. The network runs on numpy arrays of whole numbers."""
+
+    def __init__(self, model: Codec) -> None:
+        try:
+            import constriction
+        except ImportError as error:
+            raise UserError(f"the codec needs a package for entropy coding ({first_line(error)}): pip install "
+                            "constriction") from None
+        self.stream = constriction.stream.queue
+        self.uniform, self.tabled = (constriction.stream.model.Uniform(),
+                                     constriction.stream.model.Categorical(perfect=False, lazy=True))
+        with torch.no_grad():
+            enter, band, kind, *more = (w.float().cpu() for w in model.context.weights())
+            table = model.context.tables.double().cpu().softmax(1) * 2 ** 16
+        self.weights = enter, (kind[:, None] + band).flatten(0, 1), *more
+        self.probabilities = (table.round().clamp(min=1) / 2 ** 16).float().numpy()  # the same on any machine
+        self.lengths = -np.log2(self.probabilities / self.probabilities.sum(1, keepdims=True))
+        self.low = low_bits(np.arange(SCALES))
+        self.levels = LEVELS.numpy()
+        parts = [*(w.numpy() for w in self.weights), self.probabilities]
+        self.digest = hashlib.sha256(b"".join(part.astype("<f4").tobytes() for part in parts)).digest()[:8]
+
+    def choose(self, features: Tensor, places: Tensor) -> np.ndarray:
+        """Levels [R 39] of lines in `places` [R], channel * BANDS + band -> which table [R]. Every product and sum is a
+        whole number below 2^24: exact in any order."""
+        enter, bias, inner, inner_bias, leave, last = self.weights
+        h = torch.addmm(bias[places], features, enter).mul_(1 / 64).clamp_(0, 255).round_()
+        h = torch.addmm(inner_bias, h, inner).mul_(1 / 64).clamp_(0, 255).round_()
+        h = (h @ leave)[:, 0].add_(last + 512).mul_(1 / 1024)
+        return h.floor_().clamp_(0, SCALES - 1).long().numpy()
+
+    def tables(self, magnitudes: np.ndarray, rate: int, top: int, frames: slice = slice(None)) -> np.ndarray:
+        """[C T N] -> the table of each of the first `top` lines, from what a decoder knows before it: [C F top]"""
+        bands = bands_of(magnitudes.shape[2], rate, BANDS).numpy()[:top]
+        levels = torch.from_numpy(self.levels[magnitudes.clip(max=255)])
+        found = np.zeros((len(levels), len(range(magnitudes.shape[1])[frames]), top), np.int64)
+        for c, channel in enumerate(levels if top else ()):
+            planes = context_planes(channel[None], levels[:1] if c else None)
+            rows = [line[0, ..., :top] for name, offsets in CONTEXT.items()
+                    for line in around(planes[name][:, frames], offsets)]
+            places = torch.from_numpy(np.tile(bands + BANDS * (c + (len(levels) > 1)), 8))
+            for at in range(0, found.shape[1], 8):  # what stays in the cache
+                part = torch.stack([row[at:at + 8] for row in rows]).flatten(1).T
+                found[c, at:at + 8] = self.choose(part, places[:len(part)]).reshape(-1, top)
+        return found
+
+    def code_lengths(self, tables: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
+        """Bits of each magnitude with its sign"""
+        low = self.low[tables]
+        value = magnitudes >> low
+        beyond = np.frexp((value - LARGEST + 1).clip(1).astype(float))[1]
+        return (self.lengths[tables, value.clip(max=LARGEST)] + low + (magnitudes > 0)
+                + np.where(value >= LARGEST, beyond + 4, 0))
+
+    def quantise(self, lines: np.ndarray, rate: int, step: float, frames: slice = slice(None)) -> Quantised:
+        """Lines [C T N] -> values that cost little for what they lose (rate-distortion optimised rounding): the whole
+        number above or below, whichever has the smaller square error + bits. Bits are those of `frames`."""
+        exact = np.abs(lines) / step
+        magnitudes = np.floor(exact + 0.5).clip(max=LOUDEST).astype(np.int64)
+        top = top_line(magnitudes)
+        if top:
+            part, below = magnitudes[:, frames, :top], np.floor(exact[:, frames, :top].clip(max=LOUDEST)).astype(int)
+            tables = self.tables(magnitudes, rate, top, frames)
+            loss = [(exact[:, frames, :top] - guess) ** 2 + BIT_WORTH * self.code_lengths(tables, guess)
+                    for guess in (below, below + 1)]
+            part[...] = (below + (loss[1] < loss[0])).clip(max=LOUDEST)
+            top = top_line(magnitudes)
+        tables = self.tables(magnitudes, rate, top, frames)
+        bits = float(self.code_lengths(tables, magnitudes[:, frames, :top]).sum())
+        return Quantised(np.where(lines < 0, -magnitudes, magnitudes).astype(np.int32), tables, bits)
+
+    def find_step(self, lines: np.ndarray, rate: int, wanted: float) -> int:
+        """Index of the step at which [C T N] need about `wanted` bits: by every fourth frame, from a rough guess"""
+        frames, low, high = slice(None, None, 4), 0, FINEST + 1
+        part = np.abs(lines[:, frames])
+        share, guess, stride = part.shape[1] / lines.shape[1], high // 2, high // 4
+        while stride:
+            rough = np.log2(1 + part * (1.7 / step_size(guess))).sum()
+            guess, stride = guess + (stride if rough < wanted * share else -stride), stride // 2
+        known: list[tuple[int, float]] = []
+        while low < high:
+            guess = min(max(guess, low), high - 1)
+            spent = self.quantise(lines, rate, step_size(guess), frames).bits / share
+            if abs(spent - wanted) < 0.005 * wanted:
+                return guess
+            low, high = (guess + 1, high) if spent <= wanted else (low, guess)
+            known.append((guess, spent))
+            change = finer(wanted - spent, spent, lines.size)
+            if len(known) > 1 and known[-2][1] != spent:  # the slope that was found
+                change = round((wanted - spent) * (guess - known[-2][0]) / (spent - known[-2][1]))
+            guess += change or (1 if spent <= wanted else -1)
+        return max(0, low - 1)
+
+    def index_for(self, lines: np.ndarray, rate: int, config: CodecConfig, overhead: float = 0.0) -> int:
+        """Index of the step that the options ask for; `overhead` in bits"""
+        if config.quality is not None:
+            return round(config.quality / 20 * math.log2(10) * STEP_OCTAVE)
+        wanted = 1000 * config.bitrate * lines.shape[1] * lines.shape[2] / rate
+        return self.find_step(lines, rate, wanted - overhead)
+
+    def pack(self, quantised: Quantised, side: bytes) -> bytes:
+        """A chunk's bytes: `side` information, then lengths and words of three streams (symbols of the tables, low
+        bits, escapes) and the signs"""
+        top, values = quantised.tables.shape[2], quantised.values.transpose(1, 0, 2)
+        when = (np.arange(len(values))[:, None, None] * SKEW + np.arange(values.shape[1])[:, None] * LAG
+                + np.arange(top))
+        order = np.argsort(when.astype(np.int16).ravel(), kind="stable")  # the order in which `unpack` goes
+        tables, values = quantised.tables.transpose(1, 0, 2).ravel()[order], values[:, :, :top].ravel()[order]
+        low, magnitudes = self.low[tables], np.abs(values)
+        symbols, tabled, bits, escapes = magnitudes >> low, *(self.stream.RangeEncoder() for _ in range(3))
+        for at in range(0, len(symbols), 1 << 14):
+            part = slice(at, at + (1 << 14))
+            common = symbols[part].clip(max=LARGEST).astype(np.int32)
+            tabled.encode(common, self.tabled, self.probabilities[tables[part]])
+        if low.any():
+            size = (1 << low[low > 0]).astype(np.int32)
+            bits.encode((magnitudes[low > 0] & (size - 1)).astype(np.int32), self.uniform, size)
+        for rest in (symbols[symbols >= LARGEST] - LARGEST + 1).tolist():  # length, then what follows the leading 1
+            length = rest.bit_length() - 1
+            escapes.encode(np.int32([length, rest - (1 << length)]), self.uniform, np.int32([32, max(2, 1 << length)]))
+        words = [coder.get_compressed().astype("<u4").tobytes() for coder in (tabled, bits, escapes)]
+        lengths = struct.pack("<H3I", top, *map(len, words))
+        return side + lengths + b"".join(words) + np.packbits(values[values != 0] < 0).tobytes()
+
+    def unpack(self, chunks: Sequence[tuple[bytes, int]], channels: int, size: int, rate: int) -> list[np.ndarray]:
+        """[(what `pack` gave without `side`, frames of the chunk)] -> int32 values [C T N] of each. At each step every
+        frame of every chunk gives its next line, SKEW lines behind the frame before it: the network looks at hundreds
+        of lines at once, though each depends on the one below and on what the frame before has around it."""
+        most, bands = max(frames for _, frames in chunks), bands_of(size, rate, BANDS).numpy()
+        heads = [struct.unpack_from("<H3I", data) for data, _ in chunks]
+        if any(head[0] > size for head in heads):
+            raise ValueError("it names lines that it can't have")
+        width = LEFT + size + RIGHT
+        shape = (len(chunks), most + 3, channels, width)  # two frames of silence before the first, one after the last
+        levels, memory = np.zeros(shape, np.float32).ravel(), np.zeros(shape, np.float32).ravel()
+        values, frame = np.zeros(shape, np.int32).ravel(), channels * width
+        streams, signs = [], []
+        for (data, _), (_, *lengths) in zip(chunks, heads):
+            ends = np.cumsum([14, *lengths])
+            if any(n % 4 for n in lengths) or ends[-1] > len(data):
+                raise ValueError("its lengths do not fit")
+            streams.append([self.stream.RangeDecoder(np.frombuffer(data[a:b], "<u4").astype(np.uint32))
+                            for a, b in itertools.pairwise(ends.tolist())])
+            signs.append(np.unpackbits(np.frombuffer(data[ends[-1]:], np.uint8)))
+        g, t, c = (axis.ravel() for axis in np.meshgrid(np.arange(len(chunks)), np.arange(most), np.arange(channels),
+                                                        indexing="ij"))
+        there = t < np.array([frames for _, frames in chunks])[g]
+        g, t, c = g[there], t[there], c[there]
+        delay, start, top = SKEW * t + LAG * c, (((g * shape[1] + t + 2) * channels + c) * width + LEFT), \
+            np.array([head[0] for head in heads])[g]
+        look = {"now": 0, "past1": -frame, "past2": -2 * frame}
+        near = np.concatenate([np.add(CONTEXT[name], shift) for name, shift in look.items()])
+        signed = [(start[:0], g[:0])]
+        for step in range(int((delay + top).max(initial=0))):
+            line = step - delay
+            rows = ((line >= 0) & (line < top)).nonzero()[0]
+            at, line, second = start[rows] + line[rows], line[rows], c[rows]
+            other = np.where(second > 0, at - width, LEFT)[:, None] + np.array(CONTEXT["other"])  # LEFT: in silence
+            features = np.concatenate([levels[at[:, None] + near], memory[at[:, None] + np.array(CONTEXT["memory"])],
+                                       levels[other]], 1)
+            tables = self.choose(torch.from_numpy(features),
+                                 torch.from_numpy(bands[line] + BANDS * (second + (channels > 1))))
+            found = self.read_step(tables, np.searchsorted(g[rows], np.arange(len(chunks) + 1)), streams)
+            values[at] = found
+            levels[at] = now = self.levels[found.clip(max=255)]
+            memory[at + frame] = np.where(t[rows] == 0, now, np.floor((3 * memory[at] + now + 2) / 4))
+            signed.append((at[found > 0], g[rows[found > 0]]))
+        places, owners = (np.concatenate(parts) for parts in zip(*signed))
+        for chunk, negative in enumerate(signs):
+            where = places[owners == chunk]
+            if len(where) > len(negative):
+                raise ValueError("signs are missing")
+            values[where] *= 1 - 2 * negative[:len(where)].astype(np.int32)
+        whole_values = values.reshape(shape)[:, 2:-1, :, LEFT:LEFT + size].transpose(0, 2, 1, 3)
+        return [chunk[:, :frames] for chunk, (_, frames) in zip(whole_values, chunks)]
+
+    def read_step(self, tables: np.ndarray, edges: np.ndarray, streams: list[list[Any]]) -> np.ndarray:
+        """The magnitudes of some lines, of which `edges` says where each chunk's begin"""
+        low, found = self.low[tables], np.zeros(len(tables), np.int32)
+        for (tabled, bits, escapes), a, b in zip(streams, edges[:-1], edges[1:]):
+            if a == b:
+                continue
+            part = tabled.decode(self.tabled, self.probabilities[tables[a:b]])
+            for i in (part >= LARGEST).nonzero()[0]:
+                length = int(escapes.decode(self.uniform, np.int32([32]))[0])
+                rest = int(escapes.decode(self.uniform, np.int32([max(2, 1 << min(length, 22))]))[0])
+                part[i] += (1 << min(length, 22)) + rest - 1
+            sizes = low[a:b]
+            part <<= sizes.astype(np.int32)
+            if sizes.any():
+                part[sizes > 0] += bits.decode(self.uniform, (1 << sizes[sizes > 0]).astype(np.int32))
+            found[a:b] = part
+        return found
 
 
 # === signal path ===
@@ -958,7 +1233,7 @@ def to_audio(prep: AudioPreprocessor, log_mel: Tensor, length: int, phase: str =
 
 HERE = Path(__file__).resolve().parent
 FILE_NAME = "audio_{}.pt"
-FAMILIES: dict[str, type[SoundFamily]] = {"autoencoder": AudioAutoencoder, "vae": AudioVAE, "waveform_vae": WaveformVAE}
+FAMILIES: dict[str, type[SoundFamily]] = {"autoencoder": AudioAutoencoder, "vae": AudioVAE, "codec": Codec}
 
 
 @dataclass(frozen=True)
@@ -984,8 +1259,18 @@ class EvaluateOptions:
     eval_clips: int = option(100, "evaluation", "test clips to measure, spread evenly", number(int, 1))
 
 
+@dataclass(frozen=True)
+class CodecInferOptions(InferOptions):
+    encode: bool = option(False, "regeneration", "only write the codec file NAME.iag of each --input")
+    decode: list[Path] | None = option(None, "regeneration", "codec files to turn into sound", Path, nargs="+")
+    salvage: bool = option(False, "regeneration", "of a damaged codec file write what stands before the damage")
+    bits: int | None = option(None, "regeneration", "of a sample of the WAV file: 16, 24, or 32 for floating point "
+                              "(default: 16; with --decode what the codec file says)", int, choices=(16, 24, 32))
+
+
 SoundFamily.options = {"train": NoOptions, "infer": InferOptions, "evaluate": EvaluateOptions}
 MelFamily.options = SoundFamily.options | {"infer": MelInferOptions}
+Codec.options = SoundFamily.options | {"infer": CodecInferOptions}
 
 
 def known_fields(kind: type, values: dict) -> dict:
@@ -1688,6 +1973,7 @@ METRICS = {  # name: (unit, which way is better, definition)
                "often plainly called SDR"),
     "si_sdr_db": ("dB", "higher", "the same after the best gain [LeRoux19]"),
     "sdr_db": ("dB", "higher", "the same after the best filter of 512 taps: the SDR of BSS Eval [Vincent06]"),
+    "kbit_per_second": ("kbit/s", "lower", "size of the whole file over the length of its sound"),
     "mr_stft": ("1", "lower", "spectral convergence plus mean absolute difference of natural-log magnitudes, mean "
                 "over windows of 512, 1024 and 2048 samples, hop a quarter [Yamamoto20]; blind to phase"),
     "lsd_db": ("dB", "lower", "log-spectral distance: root mean square over frequencies, mean over frames, of the "
@@ -1905,7 +2191,8 @@ def measure_rows(model: SoundFamily, clips: Sequence[tuple[Track, int]], title: 
 def print_rows(rows: dict[str, Any], stem: str) -> None:
     """A table of medians; below each metric's name the clips that could be measured."""
     rows = {name: row[stem] for name, row in rows.items() if stem in row}
-    names = [name for name in METRICS if name not in ("mel_mae", "mel_spectral_convergence")]
+    names = [name for name in METRICS if name not in ("mel_mae", "mel_spectral_convergence")
+             and any(name in row for row in rows.values())]
     if not rows:
         return
     counts = [sorted({row[name]["n"] for row in rows.values() if name in row}) for name in names]
@@ -2089,6 +2376,507 @@ def run_infer(command: Command, world: World) -> int:
     return 0
 
 
+# === codec files ===
+# header | chunk | chunk ...: a chunk is its length, its content and a CRC-32 of both that starts from its number; all
+# numbers are little-endian.
+
+MAGIC, VERSION = b"IAGC", 1
+HEADER = struct.Struct("<4sB8sIBBHQ")  # magic, version, digest of the model, Hz, channels, bits, step, samples
+RATES = (16_000, 44_100, 48_000)  # that are coded as they are
+GROUP = 8  # chunks that are decoded at a time
+
+
+class Header(NamedTuple):
+    digest: bytes
+    rate: int
+    channels: int
+    bits: int  # of a sample of the WAV file that is asked for: 16, 24, or 32 for floating point
+    step: int
+    samples: int
+
+    def pack(self) -> bytes:
+        body = HEADER.pack(MAGIC, VERSION, *self)
+        return body + struct.pack("<I", zlib.crc32(body))
+
+
+def unfit(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} can't be encoded ({' '.join(str(error).split())[:200]}): repair it, or convert it to WAV "
+                     "or FLAC")
+
+
+@contextlib.contextmanager
+def open_sound(path: Path, told: bool = False) -> Iterator[Any]:
+    """A soundfile of one or two channels at one of RATES, whatever the file is; resampled in memory if it must be."""
+    import tempfile
+
+    import soundfile
+    if not path.is_file():
+        raise UserError((f"{path} is a folder, not an audio file" if path.is_dir() else f"there is no file {path}")
+                        + ": give audio files with --input")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        try:
+            if missing := missing_bytes(path):
+                raise ValueError(f"it is truncated, {missing} bytes of the sound that its header promises are missing")
+            plain = path if path.suffix.lower() in AUDIO_SUFFIXES else decoded(path, Path(folder), 0)
+            file = stack.enter_context(soundfile.SoundFile(plain))
+            if file.channels > 2:
+                raise ValueError(f"it has {file.channels} channels, the codec knows one and two: mix it down first, "
+                                 f"ffmpeg -i {path.name} -ac 2 stereo.wav")
+            if not file.frames:
+                raise ValueError("it holds no samples")
+            if file.samplerate not in RATES:
+                file = stack.enter_context(resampled(file, Path(folder), path, told))
+        except (OSError, RuntimeError, ValueError) as error:  # soundfile's own errors are RuntimeErrors
+            raise unfit(path, error) from None
+        yield file
+
+
+def resampled(file: Any, folder: Path, path: Path, told: bool) -> Any:
+    """The same sound at the next of RATES above (or the highest)"""
+    import soundfile
+    from torchaudio.functional import resample
+    if not 1000 <= file.samplerate <= 1_000_000:
+        raise ValueError(f"it claims {file.samplerate} Hz")
+    rate = next((rate for rate in RATES if rate >= file.samplerate), RATES[-1])
+    if not told:
+        say(f"{path} has {file.samplerate} Hz: it is coded at {rate} Hz")
+    ratio = Fraction(file.samplerate, rate).limit_denominator(640)
+    audio = torch.from_numpy(file.read(dtype="float32", always_2d=True).T.copy())
+    audio = resample(audio, ratio.numerator, ratio.denominator, 32).T.numpy()
+    soundfile.write(folder / "resampled.wav", audio, rate, subtype="FLOAT")
+    return soundfile.SoundFile(folder / "resampled.wav")
+
+
+def regrouped(parts: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """Arrays [C T N] of any T -> the same frames, `count` at a time, the rest at the end"""
+    held = None
+    for part in parts:
+        held = part if held is None else np.concatenate([held, part], 1)
+        while held.shape[1] >= count:
+            yield held[:, :count]
+            held = held[:, count:]
+    if held is not None and held.shape[1]:
+        yield held
+
+
+def folded(parts: Iterable[np.ndarray], sign: float) -> Iterator[np.ndarray]:
+    """`rotate` for a stream of [C T N]: the last block waits for its neighbour."""
+    held = None
+    for part in parts:
+        both = torch.from_numpy(part if held is None else np.concatenate([held, part], 1))
+        both = rotate(both, sign).numpy()
+        yield both[:, :-1]
+        held = both[:, -1:]
+    if held is not None:
+        yield held
+
+
+def frames_of(file: Any, path: Path) -> Iterator[np.ndarray]:
+    """A soundfile -> float64 blocks [C T N], the last one filled up with zeros"""
+    size, count = frame_size(file.samplerate), 0
+    try:
+        while len(block := file.read(size * CHUNK_FRAMES, dtype="float64", always_2d=True)):
+            if not np.isfinite(block).all():
+                raise ValueError("it holds NaN or infinite samples")
+            count += len(block)
+            yield np.pad(block, ((0, -len(block) % size), (0, 0))).T.reshape(file.channels, -1, size)
+        if count < file.frames and file.format != "MP3":  # of which the length is a guess
+            raise ValueError(f"it is truncated, {count} of {file.frames} samples are there")
+    except (RuntimeError, ValueError) as error:
+        raise unfit(path, error) from None
+
+
+def lines_of(file: Any, path: Path) -> Iterator[np.ndarray]:
+    """A soundfile -> the MDCT of each chunk, [C T N]"""
+    for blocks in regrouped(folded(frames_of(file, path), 1), CHUNK_FRAMES):
+        yield dct4(torch.from_numpy(blocks)).numpy()
+
+
+def turned(lines: np.ndarray, rate: int, angles: np.ndarray, sign: float) -> np.ndarray:
+    """Two channels [2 T N] turned into each other, by band; sign -1 undoes it."""
+    angle = math.pi / ANGLES * angles[bands_of(lines.shape[2], rate, PAN_BANDS).numpy()]
+    one, two = lines
+    near, far = np.cos(angle), sign * np.sin(angle)
+    return np.stack([near * one + far * two, near * two - far * one])
+
+
+def principal_angles(lines: np.ndarray, rate: int) -> np.ndarray:
+    """uint8 [PAN_BANDS]: the turns after which the first channel holds as much as it can, the second what is left"""
+    one, two = lines
+    bands = bands_of(lines.shape[2], rate, PAN_BANDS).numpy()
+    cross, more = (np.bincount(bands, power.sum(0), PAN_BANDS) for power in (2 * one * two, one * one - two * two))
+    return (np.rint(np.arctan2(cross, more) / 2 / math.pi * ANGLES) % ANGLES).astype(np.uint8)
+
+
+def pack_chunk(coder: Coder, lines: np.ndarray, rate: int, index: int, place: int) -> bytes:
+    """The MDCT of a chunk [C T N] -> its record at this place of the file"""
+    side, step = b"", step_size(index)
+    if len(lines) == 2:
+        angles = principal_angles(lines, rate)
+        lines, side = turned(lines, rate, angles, 1), angles.tobytes()
+    quantised = coder.quantise(lines, rate, step)
+    content = coder.pack(quantised, side + centres_of(quantised.values, lines / step).tobytes())
+    record = struct.pack("<I", len(content)) + content
+    return record + struct.pack("<I", zlib.crc32(record, place))
+
+
+SAMPLED = 1600  # frames from all over a file by which its step is chosen
+
+
+def sampled(file: Any, path: Path) -> np.ndarray:
+    """Lines [C T N] of an open sound: all, or the middles of up to a hundred chunks"""
+    chunks, some = -(-file.frames // (frame_size(file.samplerate) * CHUNK_FRAMES)), []
+    every = -(-chunks // 100)
+    count = min(CHUNK_FRAMES, -(-SAMPLED * every // chunks))
+    for lines in itertools.islice(lines_of(file, path), 0, None, every):
+        start = max(0, lines.shape[1] - count) // 2
+        lines = lines[:, start:start + count].copy()  # a view would keep all of its chunk
+        some.append(turned(lines, file.samplerate, principal_angles(lines, file.samplerate), 1)
+                    if len(lines) == 2 else lines)
+    return np.concatenate(some, 1)
+
+
+def encode_file(coder: Coder, config: CodecConfig, source: Path, target: Path, bits: int = 16) -> Header:
+    """Write `source` as a codec file. The step is chosen by what some of it needs; a file that became more than 1 %
+    larger or smaller than asked for is written again, four times at most; one of which only some was looked at, if it
+    is 2 % off, once."""
+    with open_sound(source) as file:
+        rate, size = file.samplerate, frame_size(file.samplerate)
+        frames = -(-file.frames // size)
+        wanted = 1000 * config.bitrate * max(size, file.frames) / rate  # a frame is the least
+        sample = sampled(file, source)
+        share = sample.shape[1] / frames
+        overhead = share * 8 * ((34 + 19 * file.channels) * -(-frames // CHUNK_FRAMES) + HEADER.size + 4)
+        index = coder.index_for(sample, rate, config, overhead)
+        known: list[tuple[int, int]] = []  # index of the step, bits of the file
+        while True:
+            file.seek(0)
+            header = Header(coder.digest, rate, file.channels, bits, index, file.frames)
+            with writer_lock(target), replacing(target) as part, open(part, "wb") as out:
+                spent = 8 * (out.write(header.pack()) + sum(
+                    out.write(pack_chunk(coder, lines, rate, index, place))
+                    for place, lines in enumerate(lines_of(file, source))))
+            change = finer(wanted - spent, spent, file.channels * frames * size)
+            if known and known[-1][1] != spent:  # the slope that was found
+                change = round((wanted - spent) * (index - known[-1][0]) / (spent - known[-1][1]))
+            change = min(FINEST - index, change)
+            known.append((index, spent))
+            most, tolerance = (2, 0.02) if share < 1 else (5, 0.01)
+            if len(known) == most - 1 and spent > wanted:  # the last try is what is known to fit, if anything is
+                change = max((i for i, size in known if size <= wanted), default=index + change) - index
+            if config.quality is not None or not change or index + change < 0 or len(known) == most or (
+                    abs(spent - wanted) < tolerance * wanted):
+                return header
+            index += change
+
+
+@contextlib.contextmanager
+def writer_lock(target: Path) -> Iterator[None]:
+    """Two writers of one file would mix their halves: the second is refused."""
+    place = target.with_name(f".{target.name}.lock")
+    try:
+        held = lock(place)
+    except UserError as error:
+        why = "another process writes it" if isinstance(error.__context__, BlockingIOError) else error.__context__
+        raise UserError(f"can't write {target} ({why}): wait, or choose another --output_dir") from None
+    try:
+        yield
+    finally:
+        place.unlink(missing_ok=True)
+        held.close()
+
+
+def read_header(file: Any, path: Path, coder: Coder) -> Header:
+    """Of an open codec file; an error says what is the matter with it."""
+    data = file.read(HEADER.size + 4)
+    if data[:4] != MAGIC:
+        raise UserError(f"{path} is no file of this codec: give one that --encode wrote")
+    if data[4:5] != bytes([VERSION]):
+        raise UserError(f"{path} is of version {data[4] if len(data) > 4 else '?'} of the format, this script reads "
+                        f"{VERSION}: use a newer script")
+    if len(data) < HEADER.size + 4 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise UserError(f"the header of {path} is damaged: it can't be read, get another copy")
+    header = Header(*HEADER.unpack(data[:-4])[2:])
+    if header.digest != coder.digest:
+        raise UserError(f"{path} was written with another model ({header.digest.hex()}, this one is "
+                        f"{coder.digest.hex()}): name that model's file with --checkpoint")
+    if header.rate not in RATES or header.channels not in (1, 2) or header.bits not in (16, 24, 32):
+        raise UserError(f"the header of {path} makes no sense: get another copy")
+    return header
+
+
+def read_chunks(file: Any, header: Header) -> Iterator[tuple[bytes, int]]:
+    """(content, frames) of each chunk; ValueError where one is damaged or missing"""
+    frames = -(-header.samples // frame_size(header.rate))
+    for start in range(0, frames, CHUNK_FRAMES):
+        length = file.read(4)
+        content = file.read(min(int.from_bytes(length, "little"), 1 << 24))  # no chunk has as much
+        if len(check := file.read(4)) < 4:
+            raise ValueError("it ends too early")
+        if zlib.crc32(length + content, start // CHUNK_FRAMES) != int.from_bytes(check, "little"):
+            raise ValueError("its checksum is wrong")
+        yield content, min(CHUNK_FRAMES, frames - start)
+    if file.read(1):
+        raise ValueError("there is more than its header promises")
+
+
+def decoded_lines(coder: Coder, header: Header, chunks: Sequence[tuple[bytes, int]]) -> Iterator[np.ndarray]:
+    """Chunks -> what the MDCT was, [C T N] of each"""
+    pan, centres = PAN_BANDS * (header.channels == 2), 3 * header.channels
+    values = coder.unpack([(content[pan + centres:], frames) for content, frames in chunks], header.channels,
+                          frame_size(header.rate), header.rate)
+    for (content, _), part in zip(chunks, values):
+        moved = np.frombuffer(content[pan:pan + centres], np.int8).reshape(-1, 3)
+        lines = restored(part, moved) * step_size(header.step)
+        yield turned(lines, header.rate, np.frombuffer(content[:pan], np.uint8), -1) if pan else lines
+
+
+def decode_file(coder: Coder, source: Path, target: Path, salvage: bool = False,
+                bits: int | None = None) -> tuple[Header, str]:
+    """Write a codec file as WAV; returns its header and what was wrong with it, "" if nothing. With `salvage`, what
+    stands before the damage is written; `bits` of a sample are else those that the header names."""
+    import soundfile
+    problem = ""
+
+    def blocks(file: Any, header: Header) -> Iterator[np.ndarray]:
+        nonlocal problem
+        group, done = [], 0
+        chunks = read_chunks(file, header)
+        while True:
+            try:
+                group = list(itertools.islice(chunks, GROUP)) if not salvage else list(itertools.islice(chunks, 1))
+                if not group:
+                    return
+                lines = list(decoded_lines(coder, header, group))
+            except (ValueError, struct.error, AssertionError, IndexError) as error:
+                at = done * CHUNK_FRAMES * frame_size(header.rate) / header.rate
+                problem = f"{source} is damaged after {at:.1f} s or more ({first_line(error)})"
+                if not salvage:
+                    raise UserError(f"{problem}: --salvage writes what is before it") from None
+                return
+            done += len(group)
+            for part in lines:
+                yield dct4(torch.from_numpy(part)).numpy()
+
+    try:
+        with open(source, "rb") as file, replacing(target) as part:
+            header = read_header(file, source, coder)
+            depth = bits or header.bits
+            kind = {16: "PCM_16", 24: "PCM_24", 32: "FLOAT"}[depth]
+            with soundfile.SoundFile(part, "w", header.rate, header.channels, kind, format="WAV") as out:
+                left = header.samples
+                for block in folded(blocks(file, header), -1):
+                    sound = block.reshape(header.channels, -1).T[:left]
+                    left -= len(sound)
+                    out.write(sound if kind == "FLOAT" else pcm(sound, depth))
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror or error}: name a file that --encode wrote") from None
+    except (RuntimeError, AssertionError) as error:  # AssertionError: soundfile's, of a full disk
+        raise UserError(f"can't write {target} ({first_line(error)}): free some space, or choose another "
+                        "folder") from None
+    return header, problem
+
+
+def pcm(sound: np.ndarray, bits: int) -> np.ndarray:
+    """float in [-1, 1] -> whole numbers in the upper bits of int32, rounded to nearest, clipped at full scale"""
+    full = 2 ** (bits - 1)
+    return (np.rint(sound * full).clip(-full, full - 1).astype(np.int64) << (32 - bits)).astype(np.int32)
+
+
+def file_snr(estimate: Path, source: Path) -> float | None:
+    """SNR in dB over all channels of two files, read side by side; None where there is no sound, or no error"""
+    import soundfile
+    energy, noise = 0.0, 0.0
+    with open_sound(source, told=True) as one, soundfile.SoundFile(estimate) as two:
+        for block in one.blocks(1 << 18, dtype="float64", always_2d=True):
+            other = two.read(len(block), dtype="float64", always_2d=True)
+            energy, noise = energy + float(np.square(block).sum()), noise + float(np.square(block - other).sum())
+    return 10 * math.log10(energy / noise) if energy > 0 and noise > 0 else None
+
+
+def run_codec(command: Command, world: World) -> int:
+    """--mode infer of the codec: files become codec files, which become sound again; --encode and --decode do half"""
+    options, model = command.options(CodecInferOptions), command.model(world)
+    if options.decode and (more := {"input", "encode", "bitrate", "quality"} & command.given.keys()):
+        raise UserError(f"--decode takes codec files as they are: leave out --{' and --'.join(sorted(more))}", 2)
+    if options.salvage and not options.decode:
+        raise UserError("--salvage belongs to --decode", 2)
+    if {"bitrate", "quality"} <= command.given.keys():
+        raise UserError("--bitrate and --quality both decide the step: give one", 2)
+    results = output_folder(command.given.get("results_dir") or HERE / "results", "results_dir" in command.given)
+    output = output_folder(options.output_dir, True) if options.output_dir else results
+    coder, config = Coder(model), model.config
+    if options.export:
+        export_model(model, command.state, options.export)
+    if options.decode:
+        return decode_all(coder, options, output)
+    files = options.input or sorted((HERE / "examples").glob("*.flac"))
+    if not files:
+        raise UserError(f"no example in {HERE / 'examples'}: name audio files with --input")
+    packed = [output / f"{file.stem}.iag" for file in files]
+    given = [output / f"{file.stem}_reconstructed.wav" for file in files]
+    outputs_apart([*packed, *given, results / "inference.json", results / "inference_comparison.png"], files)
+    shipped = command.path.parent == HERE / "pretrained"
+    say(f"{title_of(model)}, from {command.path}" + " (the shipped weights)" * shipped)
+    records, columns = [], []
+    for file, small, target in zip(files, packed, given):
+        started = time.perf_counter()
+        header = encode_file(coder, config, file, small, options.bits or 16)
+        seconds, size, spent = header.samples / header.rate, small.stat().st_size, time.perf_counter() - started
+        record = {"input": str(file), "file": str(small), "bytes": size, "kbit_per_second": size / seconds / 125,
+                  "rate": header.rate, "channels": header.channels, "seconds": round(seconds, 3)}
+        say(f"{file} ({seconds:.1f} s, {header.rate} Hz, {'stereo' if header.channels == 2 else 'mono'}) -> {small}: "
+            f"{size:,} bytes, {record['kbit_per_second']:.1f} kbit/s; {seconds / spent:.1f} x real time")
+        if not options.encode:
+            started = time.perf_counter()
+            decode_file(coder, small, target)
+            snr = file_snr(target, file)
+            say(f"  -> {target}: SNR {'-' if snr is None else format(snr, '.2f')} dB; "
+                f"{seconds / (time.perf_counter() - started):.1f} x real time")
+            record |= {"output": str(target), "snr_db": snr}
+            columns += [(file.stem[:32], read_audio(file), read_audio(target))] * (len(columns) < 2)
+        records.append(record)
+    if columns:
+        comparison_figure(results / "inference_comparison.png", title_of(model), columns, model)
+    write_json(results / "inference.json", {
+        "model": command.key, "checkpoint": str(command.path), "files": records, "machine": provenance(),
+        "metrics": definitions("snr_db")})
+    say(f"-> {results / 'inference.json'}" + f", {results / 'inference_comparison.png'}" * bool(columns))
+    return 0
+
+
+def decode_all(coder: Coder, options: CodecInferOptions, output: Path) -> int:
+    """--decode: the sound of codec files; 1 where one was damaged and only salvaged"""
+    targets = [output / f"{file.stem}_decoded.wav" for file in options.decode]
+    outputs_apart(targets, options.decode)
+    status = 0
+    for file, target in zip(options.decode, targets):
+        header, problem = decode_file(coder, file, target, options.salvage, options.bits)
+        if problem:
+            say(f"warning: {problem}: what stands before is written", sys.stderr)
+            status = 1
+        kind = "stereo" if header.channels == 2 else "mono"
+        say(f"{file} ({header.samples / header.rate:.1f} s, {header.rate} Hz, {kind}) -> {target}")
+    return status
+
+
+MONO_RATES, STEREO_RATES = (16, 24, 32, 48, 64, 96), (64, 96, 128, 160)  # kbit/s at which the codec is measured
+LONGEST = 30  # seconds of a track that are measured
+
+
+def plain_codec(audio: Tensor, bits: float) -> Tensor:
+    """The plain MDCT coder, 512 lines, at the finest step at which [L] takes no more bits than that -> [L]"""
+    padded = F.pad(audio.double(), (0, -len(audio) % 512)).view(-1, 512)
+    lines = dct4(rotate(padded, 1)).numpy()
+    low, high = 0, FINEST
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = plain_bits(np.rint(lines / step_size(middle))) <= bits
+        low, high = (middle, high) if fits else (low, middle)
+    quantised = torch.from_numpy(np.rint(lines / step_size(low)) * step_size(low))
+    return rotate(dct4(quantised), -1).flatten()[:len(audio)].float()
+
+
+def coded(coder: Coder, config: CodecConfig, audio: np.ndarray, rate: int, folder: Path) -> tuple[np.ndarray, int]:
+    """Sound [L C] through a real file -> [L C], size of the file in bytes"""
+    import soundfile
+    paths = [folder / name for name in ("in.wav", "sound.iag", "out.wav")]
+    soundfile.write(paths[0], audio, rate, subtype="FLOAT")
+    encode_file(coder, config, paths[0], paths[1], 32)
+    decode_file(coder, paths[1], paths[2])
+    return soundfile.read(paths[2], dtype="float32", always_2d=True)[0], paths[1].stat().st_size
+
+
+def stereo_of(track: Track, folder: Path) -> np.ndarray | None:
+    """The first LONGEST seconds of a track's file as it is, [L 2] at 44.1 kHz; None where it is something else"""
+    import soundfile
+    if not track.file:
+        return None
+    plain = track.file.suffix.lower() in AUDIO_SUFFIXES
+    path = track.file if plain else decoded(track.file, folder, STEMS.index(track.stem))
+    with soundfile.SoundFile(path) as file:
+        fit = file.channels == 2 and file.samplerate == 44_100
+        return file.read(LONGEST * 44_100, dtype="float32") if fit else None
+
+
+def evaluate_codec(command: Command, world: World) -> int:
+    """--mode evaluate of the codec: by the size of real files, beside the plain MDCT coder at the same size"""
+    import tempfile
+    model, results = command.model(world), output_folder(command.results(), "results_dir" in command.given)
+    if {"bitrate", "quality"} & command.given.keys():
+        raise UserError("--mode evaluate measures the codec at rates of its own: leave out --bitrate and --quality", 2)
+    data, coder, prep = SUBJECT.load(command, world), Coder(model), model.preprocessor
+    loud = [track for track in data.test if np.square(track.audio, dtype=np.float32).mean() > INAUDIBLE ** 2]
+    tracks, values, reasons = loud[:command.options(EvaluateOptions).eval_clips], {}, {}
+
+    def add(row: str, stem: str, size: float, seconds: float, columns: dict[str, float | None]) -> None:
+        for group in ("all", stem):
+            values.setdefault(row, {}).setdefault(group, []).append({"kbit_per_second": size / seconds / 125} | columns)
+
+    with tempfile.TemporaryDirectory() as name, progress(len(tracks), "measuring", unit="track", leave=False) as bar:
+        for track in tracks:
+            audio = torch.from_numpy(np.array(track.audio[:LONGEST * SAMPLE_RATE])).float()
+            whole_frames = torch.tensor([-(-len(audio) // HOP)])
+            for rate in MONO_RATES:
+                config = dataclasses.replace(model.config, bitrate=rate, quality=None)
+                seconds = len(audio) / SAMPLE_RATE
+                estimate, size = coded(coder, config, audio.numpy()[:, None], SAMPLE_RATE, Path(name))
+                for row, sound in ((f"codec_mono_{rate:03d}", torch.from_numpy(estimate[:, 0])),
+                                   (f"plain_mdct_mono_{rate:03d}", plain_codec(audio, 8 * size))):
+                    ours, true = (prep.standardise(prep.log_mel(F.pad(x, (0, -len(x) % HOP))[None]))
+                                  for x in (sound, audio))
+                    columns = wave_metrics(sound[None], audio[None], torch.tensor([len(audio)]),
+                                           reasons.setdefault(row, {})) | mel_metrics(ours, true, whole_frames)
+                    add(row, track.stem, size, seconds, {key: float(v[0]) if v[0] is not None else None
+                                                         for key, v in columns.items()})
+            stereo = stereo_of(track, Path(name))
+            for rate in STEREO_RATES if stereo is not None else ():
+                config = dataclasses.replace(model.config, bitrate=rate, quality=None)
+                estimate, size = coded(coder, config, stereo, 44_100, Path(name))
+                pair = [torch.from_numpy(x.T.copy()) for x in (estimate, stereo)]
+                figures = {m.__name__: float(np.mean([m(a, b) for a, b in zip(*pair)])) for m in (mr_stft, lsd_db)}
+                add(f"codec_stereo_{rate:03d}", track.stem, size, len(stereo) / 44_100,
+                    {"snr_db": float(snr_db(*(x.flatten() for x in pair)))} | figures)
+            bar.update()
+    rows = {row: {group: summarise(clips, reasons.get(row)) for group, clips in groups.items()}
+            for row, groups in values.items()}
+    write_json(results / "evaluation.json", {
+        "model": command.key, "checkpoint": str(command.path), "checkpoint_sha256": file_digest(command.path),
+        "trained_on": model.data.title, "dataset": data.title, "split": "test", "tracks": len(tracks), "rows": rows,
+        "seconds_of_a_track": LONGEST, "machine": provenance(), "metrics": definitions(*METRICS)})
+    say(f"{title_of(model)}\non the test split of {data.title}: {len(tracks)} tracks; rates are of whole files")
+    for stem in dict.fromkeys(["all", *(track.stem for track in tracks)]):
+        print_rows(rows, stem)
+    say(f"-> {results / 'evaluation.json'}")
+    return 0
+
+
+def evaluate_clips(command: Command, world: World) -> int:
+    """--mode evaluate: every metric on the test split, between its floor and its ceilings."""
+    model, results = command.model(world), output_folder(command.results(), "results_dir" in command.given)
+    data = SUBJECT.load(command, world)
+    clips = fixed_clips(data.test, command.options(EvaluateOptions).eval_clips)
+    started = time.perf_counter()
+    report = {"model": command.key, "checkpoint": str(command.path), "checkpoint_sha256": file_digest(command.path),
+              "parameters": sum(p.numel() for p in model.parameters()), "trained_on": model.data.title,
+              "latent_numbers_per_second": numbers_per_second(model), "dataset": data.title, "split": "test",
+              "clips": len(clips), "tracks": len({track.name for track, _ in clips}), "device": str(world.device),
+              "precision": str(model.precision).removeprefix("torch."), "original_phase": UPPER_BOUND}
+    report["rows"] = measure_rows(model, clips, "measuring")
+    report |= {"seconds": round(time.perf_counter() - started, 1), "machine": provenance(),
+               "metrics": definitions(*METRICS)}
+    write_json(results / "evaluation.json", report)
+    say(f"{title_of(model)}\non the test split of {data.title}: {len(clips)} clips of {report['tracks']} tracks")
+    for stem in dict.fromkeys(["all", *(track.stem for track, _ in clips)]):
+        print_rows(report["rows"], stem)
+    say(f"-> {results / 'evaluation.json'}")
+    return 0
+
+
+SoundFamily.actions = {"infer": run_infer, "evaluate": evaluate_clips}
+Codec.actions = {"infer": run_codec, "evaluate": evaluate_codec}
+
+
 # === figures ===
 
 
@@ -2170,7 +2958,7 @@ def phase_note(phase: str) -> str:
 
 
 def title_of(model: SoundFamily, *more: str) -> str:
-    return " · ".join([family_name(type(model)), f"{numbers_per_second(model):.4g} numbers/s of a clip",
+    return " · ".join([family_name(type(model)), model.rate_text(),
                        f"trained on {model.data.title}", *more])
 
 
@@ -2182,7 +2970,7 @@ class BetweenEpochs:
 
     def __init__(self, model: SoundFamily, data: AudioData) -> None:
         self.data, self.remembered = data, {}
-        self.notes = [f"{numbers_per_second(model):.4g} latent numbers per second"]
+        self.notes = [model.rate_text()]
         if empty := int((model.preprocessor.filters.amax(0) == 0).sum()):
             self.notes.append(f"warning: {empty} of {model.config.n_mels} mel bands are narrower than the transform "
                               "resolves and stay empty: they hold no sound; use fewer --n_mels")
@@ -2222,7 +3010,7 @@ class Subject:
     format = "audio_gen/1"
     dataset = "musdb"
     stand_ins = ("synthetic",)
-    preferred = ("waveform_vae", "autoencoder", "vae")  # the first sounds best by every measure (RESULTS.md)
+    preferred = ("codec", "autoencoder", "vae")  # the first sounds best by every measure (RESULTS.md)
     unit = "clip"
     log_every = 10
     shown = ("val_",)
@@ -2277,28 +3065,10 @@ class Subject:
         return BetweenEpochs(model, data)
 
     def infer(self, command: Command, world: World) -> int:
-        return run_infer(command, world)
+        return FAMILIES[command.key].actions["infer"](command, world)
 
     def evaluate(self, command: Command, world: World) -> int:
-        """--mode evaluate: every metric on the test split, between its floor and its ceilings."""
-        model, results = command.model(world), output_folder(command.results(), "results_dir" in command.given)
-        data = self.load(command, world)
-        clips = fixed_clips(data.test, command.options(EvaluateOptions).eval_clips)
-        started = time.perf_counter()
-        report = {"model": command.key, "checkpoint": str(command.path), "checkpoint_sha256": file_digest(command.path),
-                  "parameters": sum(p.numel() for p in model.parameters()), "trained_on": model.data.title,
-                  "latent_numbers_per_second": numbers_per_second(model), "dataset": data.title, "split": "test",
-                  "clips": len(clips), "tracks": len({track.name for track, _ in clips}), "device": str(world.device),
-                  "precision": str(model.precision).removeprefix("torch."), "original_phase": UPPER_BOUND}
-        report["rows"] = measure_rows(model, clips, "measuring")
-        report |= {"seconds": round(time.perf_counter() - started, 1), "machine": provenance(),
-                   "metrics": definitions(*METRICS)}
-        write_json(results / "evaluation.json", report)
-        say(f"{title_of(model)}\non the test split of {data.title}: {len(clips)} clips of {report['tracks']} tracks")
-        for stem in dict.fromkeys(["all", *(track.stem for track, _ in clips)]):
-            print_rows(report["rows"], stem)
-        say(f"-> {results / 'evaluation.json'}")
-        return 0
+        return FAMILIES[command.key].actions["evaluate"](command, world)
 
 
 SUBJECT = Subject()

@@ -385,7 +385,7 @@ SCRIPTS = (
     Script("audio_gen", ("--dataset", "synthetic", "--num_samples", "5"), ("--crops", "10", "--batch_size", "2"), {
         "autoencoder": ("--width", "16", "--latent_dim", "8", "--n_mels", "32"),
         "vae": ("--width", "16", "--latent_dim", "8", "--n_mels", "32"),
-        "waveform_vae": ("--latent_dim", "8", "--atoms", "32", "--n_mels", "32")},
+        "codec": ("--hidden", "8", "--n_mels", "32")},
         ("--input", "tone.wav")))
 
 

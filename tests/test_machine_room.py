@@ -1044,4 +1044,5 @@ def test_two_processes_train_the_same_model_stop_together_and_the_first_alone_wr
     for ours, theirs in zip(found["history"], expected["history"], strict=True):
         assert ours["step"] == theirs["step"] and nearly(ours["loss"], theirs["loss"]), (ours, theirs)
     for key, weights in expected["ema"].items():
-        assert (found["ema"][key] - weights).norm() <= 0.02 + 0.02 * weights.norm(), key
+        ours, theirs = found["ema"][key].float(), weights.float()  # some are indices, which are to be the same
+        assert (ours - theirs).norm() <= (0.02 + 0.02 * theirs.norm()) * weights.is_floating_point(), key

@@ -55,7 +55,7 @@ def test_command_is_understood(line, path, words):
     script, explorer = SCRIPTS[name], EXPLORERS[name]
     wanted = dict(zip(words, words[1:], strict=False))
     mode = wanted.get("--mode", "infer" if path.endswith("infer.sh") else "train")
-    key = wanted.get("--model", next(iter(script.FAMILIES)))
+    key = wanted.get("--model", next(iter(script.FAMILIES)) if mode == "train" else script.SUBJECT.preferred[0])
     if key not in script.FAMILIES:  # MODEL stands for each of them
         key = words[words.index("--model") + 1] = next(iter(script.FAMILIES))
     kind = None
