@@ -2718,7 +2718,7 @@ def run_codec(command: Command, world: World) -> int:
     outputs_apart([*packed, *given, results / "inference.json", results / "inference_comparison.png"], files)
     shipped = command.path.parent == HERE / "pretrained"
     say(f"{title_of(model)}, from {command.path}" + " (the shipped weights)" * shipped)
-    records, columns = [], []
+    records, columns, asked = [], [], config.bitrate if config.quality is None else None
     for file, small, target in zip(files, packed, given):
         started = time.perf_counter()
         header = encode_file(coder, config, file, small, options.bits or 16)
@@ -2726,7 +2726,9 @@ def run_codec(command: Command, world: World) -> int:
         record = {"input": str(file), "file": str(small), "bytes": size, "kbit_per_second": size / seconds / 125,
                   "rate": header.rate, "channels": header.channels, "seconds": round(seconds, 3)}
         say(f"{file} ({seconds:.1f} s, {header.rate} Hz, {'stereo' if header.channels == 2 else 'mono'}) -> {small}: "
-            f"{size:,} bytes, {record['kbit_per_second']:.1f} kbit/s; {seconds / spent:.1f} x real time")
+            f"{size:,} bytes, {record['kbit_per_second']:.1f} kbit/s; {seconds / spent:.1f} x real time"
+            + " (no less can be had)" * (asked is not None and record["kbit_per_second"] > 1.1 * asked)
+            + " (no more is needed)" * (asked is not None and record["kbit_per_second"] < 0.9 * asked))
         if not options.encode:
             started = time.perf_counter()
             decode_file(coder, small, target)
@@ -2793,6 +2795,7 @@ def stereo_of(track: Track, folder: Path) -> np.ndarray | None:
     if not track.file:
         return None
     plain = track.file.suffix.lower() in AUDIO_SUFFIXES
+    (folder / "sound.wav").unlink(missing_ok=True)  # of the track before
     path = track.file if plain else decoded(track.file, folder, STEMS.index(track.stem))
     with soundfile.SoundFile(path) as file:
         fit = file.channels == 2 and file.samplerate == 44_100
