@@ -2197,11 +2197,13 @@ def print_rows(rows: dict[str, Any], stem: str) -> None:
         return
     counts = [sorted({row[name]["n"] for row in rows.values() if name in row}) for name in names]
     ends = ["-".join(str(n) for n in dict.fromkeys([c[0], c[-1]])) if c else "-" for c in counts]
-    say(f"\n{stem}: medians over n clips\n{'':32}" + "".join(f"{name:>11}" for name in names)
-        + f"\n{'n':32}" + "".join(f"{text:>11}" for text in ends))
+    wide = [max(11, len(name) + 2) for name in names]
+    say(f"\n{stem}: medians over n clips\n{'':32}" + "".join(f"{name:>{w}}" for name, w in zip(names, wide))
+        + f"\n{'n':32}" + "".join(f"{text:>{w}}" for text, w in zip(ends, wide)))
     for name, row in rows.items():
         cells = [row.get(metric, {}).get("median") for metric in names]
-        say(f"{name:32}" + "".join(f"{'-' if cell is None else format(cell, '.3f'):>11}" for cell in cells))
+        say(f"{name:32}" + "".join(f"{'-' if cell is None else format(cell, '.3f'):>{w}}"
+                                   for cell, w in zip(cells, wide)))
     if any(name.endswith("_original") for name in rows):
         say(f"the phase of ..._original is {UPPER_BOUND}")
     for metric, entry in next(reversed(rows.values())).items():
