@@ -264,12 +264,8 @@ class SoundFamily(Family):
         self.preprocessor.fit(data.training_clips(device))
 
     @abc.abstractmethod
-    def numbers(self, frames: int) -> int:
-        """How many numbers describe a clip of which so many frames hold sound."""
-
     def rate_text(self) -> str:
-        """What its description of a sound weighs, for titles."""
-        return f"{numbers_per_second(self):.4g} numbers/s of a clip"
+        """What its description of a sound weighs, for titles"""
 
     @abc.abstractmethod
     def encode(self, audio: Tensor, frames: Tensor | None = None) -> Any:
@@ -367,8 +363,8 @@ class MelFamily(SoundFamily):
         """Back again, with zeros for the others"""
         return codes.new_zeros(len(codes), self.spread.numel()).index_copy(1, self.chosen, codes)
 
-    def numbers(self, frames: int) -> int:
-        return self.chosen_count
+    def rate_text(self) -> str:
+        return f"{numbers_per_second(self):.4g} numbers/s of a clip"
 
     def encode(self, audio: Tensor, frames: Tensor | None = None) -> Tensor:
         """Waveform [B CLIP] -> [B Z]; of a VAE the mean of the posterior"""
@@ -536,7 +532,7 @@ class AudioVAE(MelFamily):
         """Begin with what is the best posterior of a linear code, whose variance is the same for all x."""
         super().prepare(data, device)
         total, kept = self.spread.square().sum(), self.spread.flatten()[self.chosen].square()
-        missed = (1.0 - kept.sum() / total) * total / (FRAMES * self.config.n_mels)  # error per mel bin
+        missed = (total - kept.sum()) / (FRAMES * self.config.n_mels)  # error per mel bin
         self.log_variance.copy_((missed / (missed + kept)).clamp(min=1e-6).log())
 
     def posterior(self, mel: Tensor) -> tuple[Tensor, Tensor]:
@@ -651,18 +647,6 @@ def memories(levels: Tensor) -> Tensor:
     return before
 
 
-class Rounded(torch.autograd.Function):
-    """Rounding that lets gradients pass."""
-
-    @staticmethod
-    def forward(_context: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(_context: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
 class Activation(torch.autograd.Function):
     """A whole number of 1/64 -> the nearest whole number from 0 to 255"""
 
@@ -677,7 +661,9 @@ class Activation(torch.autograd.Function):
 
 
 def whole(weights: Tensor, unit: float = 64, limit: float = 127) -> Tensor:
-    return Rounded.apply((weights * unit).clamp(-limit, limit))
+    """Rounded to whole numbers of 1/unit, which lets gradients pass as if it were not"""
+    scaled = (weights * unit).clamp(-limit, limit)
+    return scaled.round().detach() + (scaled - scaled.detach())
 
 
 class ContextModel(nn.Module):
@@ -735,23 +721,31 @@ def low_bits(table: Any) -> Any:
     return (table - PLAIN_SCALES).clip(0) // PER_OCTAVE
 
 
-def around(planes: Tensor, offsets: Iterable[int]) -> list[Tensor]:
-    """[... N] -> for each offset the line so far away, 0 beyond the ends"""
-    padded, count = F.pad(planes, (LEFT, RIGHT)), planes.shape[-1]
-    return [padded[..., LEFT + d:LEFT + d + count] for d in offsets]
-
-
-def context_planes(levels: Tensor, other: Tensor | None) -> dict[str, Tensor]:
-    """Levels [B T N] of a channel, of the first one for the second -> what CONTEXT looks at"""
-    past = F.pad(levels, (0, 0, 2, 0))
-    return {"now": levels, "past1": past[:, 1:-1], "past2": past[:, :-2], "memory": memories(levels),
-            "other": torch.zeros_like(levels) if other is None else other}
+def contexts(levels: Tensor, other: Tensor | None, frames: Any) -> list[Tensor]:
+    """Levels [B T N] of a channel, of the first one for the second -> of each line of some frames what CONTEXT looks
+    at, 39 times [B F N]; 0 beyond the ends"""
+    past, count = F.pad(levels, (0, 0, 2, 0)), levels.shape[-1]
+    planes = {"now": levels, "past1": past[:, 1:-1], "past2": past[:, :-2], "memory": memories(levels),
+              "other": torch.zeros_like(levels) if other is None else other}
+    padded = {name: F.pad(plane[:, frames], (LEFT, RIGHT)) for name, plane in planes.items()}
+    return [padded[name][..., LEFT + d:LEFT + d + count] for name, offsets in CONTEXT.items() for d in offsets]
 
 
 def bands_of(lines: int, rate: int, count: int) -> Tensor:
     """[lines] -> which of `count` bands each belongs to; they widen with frequency"""
     frequency = (torch.arange(lines) + 0.5) * rate / 2 / lines
     return (torch.log1p(frequency / 300) / math.log1p(24_000 / 300) * count).long().clamp(max=count - 1)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For products so small that threads would wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -771,8 +765,8 @@ class CodecConfig(RunConfig):
 class Quantised(NamedTuple):
     """Lines of a stretch of sound as a file holds them."""
     values: np.ndarray  # int32 [C T N], in steps
-    tables: np.ndarray  # int64 [C T N]: which table codes each magnitude
-    bits: float
+    tables: np.ndarray  # int64 [C F top]: which table codes each magnitude of some frames, up to the last line in use
+    bits: float  # of these frames
 
 
 class Codec(SoundFamily):
@@ -792,13 +786,9 @@ class Codec(SoundFamily):
         rate, quality = self.config.bitrate, self.config.quality
         return f"{rate:g} kbit/s" if quality is None else f"steps of -{quality:g} dB"
 
-    def optimizer(self, player: nn.Module) -> torch.optim.Optimizer:
-        """All but the statistics of the mel spectrogram, which only metrics use, is the context model."""
-        return super().optimizer(self.context)
-
-    def lines(self, audio: Tensor, rate: int = SAMPLE_RATE) -> Tensor:
+    def lines(self, audio: Tensor) -> Tensor:
         """Waveform [... L], L a multiple of the frame -> its MDCT [... T N]; orthonormal"""
-        return dct4(rotate(audio.unflatten(-1, (-1, frame_size(rate))), 1))
+        return dct4(rotate(audio.unflatten(-1, (-1, frame_size(SAMPLE_RATE))), 1))
 
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """Bits per line of crops at random steps, alone or as first and second channel: the KL divergence between the
@@ -822,9 +812,7 @@ class Codec(SoundFamily):
 
     def bits_of(self, levels: Tensor, other: Tensor | None, magnitudes: Tensor, channel: int, frames: Tensor) -> Tensor:
         """Code length [B F N] of some frames of a channel, [B T N]"""
-        planes = context_planes(levels, other)
-        features = torch.stack([line for name, offsets in CONTEXT.items()
-                                for line in around(planes[name][:, frames], offsets)])
+        features = torch.stack(contexts(levels, other, frames))
         bands = bands_of(levels.shape[-1], SAMPLE_RATE, BANDS).to(levels.device)
         return self.context.bits(self.context(features, bands, channel), magnitudes[:, frames])
 
@@ -839,9 +827,7 @@ class Codec(SoundFamily):
         plain = np.mean([plain_bits(clip.cpu().numpy()) / clip.numel() for clip in magnitudes])
         return {"val_bits_per_line": ours.mean().item(), "val_plain_bits_per_line": float(plain)}
 
-    def numbers(self, frames: int) -> int:
-        return frames * HOP
-
+    @one_thread()
     def encode(self, audio: Tensor, frames: Tensor | None = None) -> Tensor:
         """Waveform [B CLIP] -> its lines [B T N] as a file of --bitrate would hold them"""
         coder, decoded = Coder(self), []
@@ -905,9 +891,13 @@ def restored(values: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return values + np.sign(values) * moved[np.arange(len(values))[:, None, None], np.abs(values).clip(max=3)]
 
 
-def finer(bits: float, spent: float, lines: int) -> int:
-    """By how much the step's index may grow for so many more bits: a line that is not zero costs one more an octave"""
-    return math.floor(bits * STEP_OCTAVE / (max(0.2, min(1.0, 0.6 * spent / lines + 0.1)) * lines))
+def next_change(known: Sequence[tuple[int, float]], wanted: float, lines: int) -> int:
+    """By how much to change the step's index after tries (index, bits that it took): by the slope between the last two;
+    after one, as if each line that is not zero cost a bit more an octave"""
+    index, spent = known[-1]
+    if len(known) > 1 and known[-2][1] != spent:
+        return round((wanted - spent) * (index - known[-2][0]) / (spent - known[-2][1]))
+    return math.floor((wanted - spent) * STEP_OCTAVE / (max(0.2, min(1.0, 0.6 * spent / lines + 0.1)) * lines))
 
 
 class Coder:
@@ -948,9 +938,7 @@ class Coder:
         levels = torch.from_numpy(self.levels[magnitudes.clip(max=255)])
         found = np.zeros((len(levels), len(range(magnitudes.shape[1])[frames]), top), np.int64)
         for c, channel in enumerate(levels if top else ()):
-            planes = context_planes(channel[None], levels[:1] if c else None)
-            rows = [line[0, ..., :top] for name, offsets in CONTEXT.items()
-                    for line in around(planes[name][:, frames], offsets)]
+            rows = [row[0, :, :top] for row in contexts(channel[None], levels[:1] if c else None, frames)]
             places = torch.from_numpy(np.tile(bands + BANDS * (c + (len(levels) > 1)), 8))
             for at in range(0, found.shape[1], 8):  # what stays in the cache
                 part = torch.stack([row[at:at + 8] for row in rows]).flatten(1).T
@@ -998,10 +986,7 @@ class Coder:
                 return guess
             low, high = (guess + 1, high) if spent <= wanted else (low, guess)
             known.append((guess, spent))
-            change = finer(wanted - spent, spent, lines.size)
-            if len(known) > 1 and known[-2][1] != spent:  # the slope that was found
-                change = round((wanted - spent) * (guess - known[-2][0]) / (spent - known[-2][1]))
-            guess += change or (1 if spent <= wanted else -1)
+            guess += next_change(known, wanted, lines.size) or (1 if spent <= wanted else -1)
         return max(0, low - 1)
 
     def index_for(self, lines: np.ndarray, rate: int, config: CodecConfig, overhead: float = 0.0) -> int:
@@ -1508,6 +1493,7 @@ class AudioData:
             raise UserError(f"--extra_root holds {min(twice)}, which belongs to the dataset: name another folder")
         entries = [(f"extra/{p.relative_to(root)}", "mixture", p) for p in files]
         self.train = self.train + load_tracks({"train": entries})["train"]
+        self.title += f" and {len(files)} files of {root.name}"  # pictures say what a model was trained on
 
     def info(self) -> DataInfo:
         splits = {"train": self.train, "valid": self.valid, "test": self.test}
@@ -1947,7 +1933,7 @@ def download_musdb(kind: str, root: Path) -> None:
             os.rename(root, old)
         os.rename(fresh, root)  # onto nothing or onto an empty folder
         shutil.rmtree(old, ignore_errors=True)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         part.unlink()
         raise UserError(f"the downloaded MUSDB18 archive is damaged ({first_line(error)}) and was deleted: run this "
                         "again", NO_NETWORK) from None
@@ -2227,11 +2213,9 @@ def chunk_starts(model: SoundFamily, length: int) -> list[int]:
     return starts
 
 
-def numbers_per_second(model: SoundFamily, length: int = CLIP) -> float:
+def numbers_per_second(model: MelFamily, length: int = CLIP) -> float:
     """Of a file of so many samples, with what its chunks' overlaps cost"""
-    frames = max(1, -(-length // HOP))
-    numbers = sum(model.numbers(min(FRAMES, frames - start)) for start in chunk_starts(model, length))
-    return numbers * SAMPLE_RATE / max(1, length)
+    return len(chunk_starts(model, length)) * model.chosen_count * SAMPLE_RATE / max(1, length)
 
 
 @torch.no_grad()
@@ -2421,6 +2405,8 @@ def open_sound(path: Path, told: bool = False) -> Iterator[Any]:
                 raise ValueError(f"it is truncated, {missing} bytes of the sound that its header promises are missing")
             plain = path if path.suffix.lower() in AUDIO_SUFFIXES else decoded(path, Path(folder), 0)
             file = stack.enter_context(soundfile.SoundFile(plain))
+            if file.format == "MP3":  # of which the length is a guess until all of it was read
+                file = stack.enter_context(unpacked(file, Path(folder)))
             if file.channels > 2:
                 raise ValueError(f"it has {file.channels} channels, the codec knows one and two: mix it down first, "
                                  f"ffmpeg -i {path.name} -ac 2 stereo.wav")
@@ -2431,6 +2417,16 @@ def open_sound(path: Path, told: bool = False) -> Iterator[Any]:
         except (OSError, RuntimeError, ValueError) as error:  # soundfile's own errors are RuntimeErrors
             raise unfit(path, error) from None
         yield file
+
+
+def unpacked(file: Any, folder: Path) -> Any:
+    """The same sound in a file that knows its length"""
+    import soundfile
+    place = folder / "unpacked.w64"
+    with soundfile.SoundFile(place, "w", file.samplerate, file.channels, "FLOAT", format="W64") as out:
+        while len(block := file.read(1 << 18, dtype="float32", always_2d=True)):
+            out.write(block)
+    return soundfile.SoundFile(place)
 
 
 def resampled(file: Any, folder: Path, path: Path, told: bool) -> Any:
@@ -2482,7 +2478,7 @@ def frames_of(file: Any, path: Path) -> Iterator[np.ndarray]:
                 raise ValueError("it holds NaN or infinite samples")
             count += len(block)
             yield np.pad(block, ((0, -len(block) % size), (0, 0))).T.reshape(file.channels, -1, size)
-        if count < file.frames and file.format != "MP3":  # of which the length is a guess
+        if count < file.frames:
             raise ValueError(f"it is truncated, {count} of {file.frames} samples are there")
     except (RuntimeError, ValueError) as error:
         raise unfit(path, error) from None
@@ -2510,12 +2506,18 @@ def principal_angles(lines: np.ndarray, rate: int) -> np.ndarray:
     return (np.rint(np.arctan2(cross, more) / 2 / math.pi * ANGLES) % ANGLES).astype(np.uint8)
 
 
+def decorrelated(lines: np.ndarray, rate: int) -> tuple[np.ndarray, bytes]:
+    """Lines [C T N] with the channels turned into each other where there are two, and what a decoder must know of it"""
+    if len(lines) == 1:
+        return lines, b""
+    angles = principal_angles(lines, rate)
+    return turned(lines, rate, angles, 1), angles.tobytes()
+
+
 def pack_chunk(coder: Coder, lines: np.ndarray, rate: int, index: int, place: int) -> bytes:
     """The MDCT of a chunk [C T N] -> its record at this place of the file"""
-    side, step = b"", step_size(index)
-    if len(lines) == 2:
-        angles = principal_angles(lines, rate)
-        lines, side = turned(lines, rate, angles, 1), angles.tobytes()
+    lines, side = decorrelated(lines, rate)
+    step = step_size(index)
     quantised = coder.quantise(lines, rate, step)
     content = coder.pack(quantised, side + centres_of(quantised.values, lines / step).tobytes())
     record = struct.pack("<I", len(content)) + content
@@ -2533,11 +2535,11 @@ def sampled(file: Any, path: Path) -> np.ndarray:
     for lines in itertools.islice(lines_of(file, path), 0, None, every):
         start = max(0, lines.shape[1] - count) // 2
         lines = lines[:, start:start + count].copy()  # a view would keep all of its chunk
-        some.append(turned(lines, file.samplerate, principal_angles(lines, file.samplerate), 1)
-                    if len(lines) == 2 else lines)
+        some.append(decorrelated(lines, file.samplerate)[0])
     return np.concatenate(some, 1)
 
 
+@one_thread()
 def encode_file(coder: Coder, config: CodecConfig, source: Path, target: Path, bits: int = 16) -> Header:
     """Write `source` as a codec file. The step is chosen by what some of it needs; a file that became more than 1 %
     larger or smaller than asked for is written again, four times at most; one of which only some was looked at, if it
@@ -2558,14 +2560,11 @@ def encode_file(coder: Coder, config: CodecConfig, source: Path, target: Path, b
                 spent = 8 * (out.write(header.pack()) + sum(
                     out.write(pack_chunk(coder, lines, rate, index, place))
                     for place, lines in enumerate(lines_of(file, source))))
-            change = finer(wanted - spent, spent, file.channels * frames * size)
-            if known and known[-1][1] != spent:  # the slope that was found
-                change = round((wanted - spent) * (index - known[-1][0]) / (spent - known[-1][1]))
-            change = min(FINEST - index, change)
             known.append((index, spent))
+            change = min(FINEST - index, next_change(known, wanted, file.channels * frames * size))
             most, tolerance = (2, 0.02) if share < 1 else (5, 0.01)
             if len(known) == most - 1 and spent > wanted:  # the last try is what is known to fit, if anything is
-                change = max((i for i, size in known if size <= wanted), default=index + change) - index
+                change = max((i for i, needed in known if needed <= wanted), default=index + change) - index
             if config.quality is not None or not change or index + change < 0 or len(known) == most or (
                     abs(spent - wanted) < tolerance * wanted):
                 return header
@@ -2633,6 +2632,7 @@ def decoded_lines(coder: Coder, header: Header, chunks: Sequence[tuple[bytes, in
         yield turned(lines, header.rate, np.frombuffer(content[:pan], np.uint8), -1) if pan else lines
 
 
+@one_thread()
 def decode_file(coder: Coder, source: Path, target: Path, salvage: bool = False,
                 bits: int | None = None) -> tuple[Header, str]:
     """Write a codec file as WAV; returns its header and what was wrong with it, "" if nothing. With `salvage`, what
@@ -2642,11 +2642,10 @@ def decode_file(coder: Coder, source: Path, target: Path, salvage: bool = False,
 
     def blocks(file: Any, header: Header) -> Iterator[np.ndarray]:
         nonlocal problem
-        group, done = [], 0
-        chunks = read_chunks(file, header)
+        chunks, done = read_chunks(file, header), 0
         while True:
             try:
-                group = list(itertools.islice(chunks, GROUP)) if not salvage else list(itertools.islice(chunks, 1))
+                group = list(itertools.islice(chunks, 1 if salvage else GROUP))
                 if not group:
                     return
                 lines = list(decoded_lines(coder, header, group))

@@ -461,6 +461,18 @@ def test_extreme_rates_make_a_file_that_can_be_read(options, least, most):
 # === files ===
 
 
+@pytest.mark.parametrize("change", [lambda data: data, lambda data: data[:len(data) * 3 // 5], lambda data: 2 * data])
+def test_mp3_is_as_long_as_what_can_be_read_of_it(change):
+    """Its header only estimates the length: too long where it was cut, too short where another was added."""
+    soundfile.write("whole.mp3", song(2, 44_100, 2), 44_100)
+    Path("a.mp3").write_bytes(change(Path("whole.mp3").read_bytes()))
+    encode("a.mp3")
+    found = decode("a.iag")
+    with soundfile.SoundFile("a.mp3") as file:
+        true = file.read(10 ** 6, always_2d=True)
+    assert found.shape == true.shape and snr(found, true) > 25
+
+
 @pytest.mark.parametrize("rate", ag.RATES)
 @pytest.mark.parametrize("channels", [1, 2])
 def test_file_keeps_rate_channels_their_order_and_length(rate, channels):
