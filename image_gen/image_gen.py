@@ -2208,7 +2208,7 @@ class ImageSubject:
     unit, log_every = "image", 25
     shown = ("val_",)
     outputs = ("metrics.jsonl", "training_loss.png", "final_samples.png", "epoch_comparisons", "evaluation.json", *(
-        f"{task}.{kind}" for task in ("reconstruct", "interpolate", "traverse", "denoise", "ood", "latent")
+        f"{task}.{kind}" for task in ("reconstruct", "interpolate", "traverse", "inspect", "denoise", "ood", "latent")
         for kind in ("png", "gif", "json")))
     data_options = {"train": DataOptions, "infer": WhichDataset, "evaluate": DataOptions}
     remembered = ("dataset", "data_root", "image_size", "skip_bad")

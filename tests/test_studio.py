@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("gradio") is None,
 
 
 def start(*flags, **env) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, ROOT / "studio" / "studio.py", "--no-browser", *map(str, flags)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    return subprocess.Popen([sys.executable, ROOT / "studio" / "studio.py", "--no-browser", *map(str, flags)],
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | env)
 
 
@@ -121,7 +121,7 @@ def test_draw_gives_the_bytes_of_the_command_line(studio, tmp_path, model, extra
     ({"model": "gan_mnist", "num_samples": 1e300}, "at most"),
     ({"model": "gan_mnist", "seed": -1}, "--seed: -1 is out of range"),
     ({"model": "gan_mnist", "steps": 4}, "--steps belongs to --model diffusion"),
-    ({"model": "gan_mnist", "label": "7 --checkpoint x\n<script>"}, "--label 7 --checkpoint x <script>: the classes are"),
+    ({"model": "gan_mnist", "label": "7 --seed x\n<script>"}, "--label 7 --seed x <script>: the classes are"),
     ({"model": "../../etc/passwd"}, "there is no model '../../etc/passwd': choose from"),
     ({"model": {"path": "/etc/passwd"}}, "there is no model"), ({"model": None}, "there is no model 'None'")])
 def test_draw_refuses_in_the_words_of_the_command_line(studio, inputs, words):
