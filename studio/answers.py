@@ -116,6 +116,15 @@ def say(text: str) -> None:
     NOW.box["note"] = text
 
 
+def end(thread: threading.Thread, folder: Path, held: bool) -> None:
+    while thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Stopped))
+        thread.join(0.2)
+    shutil.rmtree(folder, ignore_errors=True)
+    if held:
+        WORK.release()
+
+
 def job(outputs: int) -> Callable[[Callable], Callable]:
     """Makes of a function, which returns a note and other `outputs`, a generator for Gradio: it runs in a thread of its
     own, with an empty folder; meanwhile the note says how far it is. When the client stops it or goes away, Gradio
@@ -145,13 +154,9 @@ def job(outputs: int) -> Callable[[Callable], Callable]:
                 if "error" in box:
                     raise gr.Error(one_line(box["error"]), duration=20, print_exception=False)
                 yield box["result"]  # Gradio copies the files before it asks for more
-            finally:
-                while thread.is_alive():
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Stopped))
-                    thread.join(0.2)
-                if held:
-                    WORK.release()
-                shutil.rmtree(folder, ignore_errors=True)
+            finally:  # perhaps in Gradio's event loop, which must not wait for the thread to notice
+                tidy = functools.partial(end, thread, folder, held)
+                threading.Thread(target=tidy, daemon=True).start() if thread.is_alive() else tidy()
 
         parameters = [*inspect.signature(work).parameters.values()][1:]
         run.__signature__ = inspect.Signature(parameters)  # Gradio names an end point's inputs after them

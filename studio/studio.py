@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import answers as an  # noqa: E402  before gradio, whose settings it makes
 import gradio as gr  # noqa: E402
 from answers import CODEC, Options, ag, ig  # noqa: E402
+from PIL import Image  # noqa: E402
 
 # === the page ===
 
@@ -280,6 +281,7 @@ def serve(argv: Sequence[str] | None) -> int:
     check_port(options)
     sys.addaudithook(stay_here(options))
     ig.download = no_download
+    Image.MAX_IMAGE_PIXELS = 20_000_000  # a picture of twice as many is refused before it is unpacked
     sys.stdout, sys.stderr = an.Terminal(sys.stdout), an.Terminal(sys.stderr)
     blocks, stop, signals = build(), threading.Event(), []
     for number in (signal.SIGINT, signal.SIGTERM):
