@@ -49,6 +49,7 @@ inspect.getfile = no_stubs
 import explore as ex  # noqa: E402
 import gradio as gr  # noqa: E402
 import matplotlib.pyplot  # noqa: E402, F401  gradio trips over one that is just being imported in another thread
+import soundfile  # noqa: E402
 import torch  # noqa: E402
 
 import audio_gen as ag  # noqa: E402
@@ -59,18 +60,7 @@ UserErrors = (ig.UserError, ag.UserError)
 CODEC = "audio_codec"
 
 
-@dataclass(frozen=True)
-class Options:
-    port: int = ig.option(7860, "server", "port to listen on", ig.number(int, 1, 65535))
-    host: str = ig.option("127.0.0.1", "server", "address to listen on; 0.0.0.0 lets every machine of the network in: "
-                          "set STUDIO_AUTH as well", str)
-    browser: bool = ig.option(True, "server", "open the page in the browser")
-    data_root: Path | None = ig.option(None, "data", "folder with MNIST/raw, where it is not image_gen/data", Path)
-    max_mb: float = ig.option(25.0, "limits", "megabytes of one upload", ig.number(float, 0.001, 2000))
-    max_seconds: float = ig.option(60.0, "limits", "seconds of one sound", ig.number(float, 1, 36_000))
-
-
-OPTIONS = Options()  # those that it was started with
+OPTIONS: Any = None  # what studio.py was told: data_root, max_seconds
 
 # === work ===
 
@@ -223,14 +213,9 @@ def weights(script: Any, able: Callable[[type], bool] = lambda _: True) -> dict[
             if ".previous" not in path.name and (state := state_of(path)) and able(script.FAMILIES[state["family"]])}
 
 
-def every_model() -> dict[str, Path]:
-    return weights(ig) | weights(ag)
-
-
 def chosen(script: Any, name: str) -> str:
     """The flag of a checkpoint that the page names; any other file stays closed."""
-    found = weights(script)
-    if str(name) not in found:
+    if str(name) not in (found := weights(script)):
         raise ig.UserError(f"there is no model {str(name)!r}: choose from {', '.join(found) or 'none'}", 2)
     return f"--checkpoint={found[name]}"
 
@@ -282,20 +267,28 @@ SLIDERS = 8  # numbers of the code, those with the largest KL
 @functools.lru_cache(1)
 def scene(flag: str) -> ex.Scene:
     """A VAE with its dataset, which are read once."""
-    root = [f"--data_root={OPTIONS.data_root}"] if OPTIONS.data_root else []
+    downloaded = state_of(Path(flag.partition("=")[2]))["data"]["dataset"] not in ("digits", "folder")
+    root = [f"--data_root={OPTIONS.data_root}"] if OPTIONS.data_root and downloaded else []
     command = ig.read_command([flag, *root], "infer", ex.ENCODING, ex.InspectOptions)
     return ex.Scene("inspect", command, command.options(ex.InspectOptions), command.model(world(ig)), SCRATCH)
 
 
 def uploaded(payload: Any, folder: Path, name: str = "drawing.png") -> Path:
-    """The file of an upload; a drawing comes as text."""
-    if isinstance(payload, str) and payload.startswith("data:image/png;base64,"):
-        with contextlib.suppress(ValueError):
-            (folder / name).write_bytes(base64.b64decode(payload.partition(",")[2]))
-            return folder / name
+    """The file of an upload, which lies where Gradio keeps them; a drawing comes as text. A client may send the name of
+    any file instead: only what was uploaded is read."""
+    nothing = ig.UserError("nothing was given: draw or choose something first", 2)
     if not payload or not isinstance(payload, str):
-        raise ig.UserError("nothing was given: draw or choose something first", 2)
-    return Path(payload)
+        raise nothing
+    if payload.startswith("data:"):
+        try:
+            (folder / name).write_bytes(base64.b64decode(payload.partition(",")[2], validate=True))
+        except ValueError:
+            raise nothing from None
+        return folder / name
+    path = Path(os.path.realpath(payload[:4096]))
+    if not path.is_relative_to(SCRATCH):
+        raise nothing
+    return path
 
 
 @job(outputs=3)
@@ -347,7 +340,6 @@ def walk(folder: Path, model: str, first: Any, second: Any, fit: str) -> tuple:
 
 def heard(payload: Any, folder: Path) -> Path:
     """An upload that is a sound of an allowed length; what else is wrong with it, the script says."""
-    import soundfile
     path = uploaded(payload, folder)
     if path.suffix.lower() not in ag.AUDIO_SUFFIXES:
         raise ag.UserError(f"{path.name} is no sound that the page reads: give {', '.join(sorted(ag.AUDIO_SUFFIXES))}")
@@ -366,9 +358,8 @@ def short_enough(path: Path, samples: int, rate: int) -> None:
 def record_of(folder: Path) -> tuple[dict, str]:
     """What the script wrote about the one file, and that in words."""
     record = json.loads((folder / "inference.json").read_text())["files"][0]
-    words = {"seconds": "{:.1f} s of sound", "bytes": "{:,} bytes", "kbit_per_second": "{:.1f} kbit/s",
-             "latent_numbers_per_second": "{:,.0f} numbers per second", "snr_db": "SNR {:.2f} dB",
-             "si_sdr_db": "SI-SDR {:.2f} dB", "mel_mse": "mel error {:.3f}"}
+    words = {"seconds": "{:g} s", "bytes": "{:,} bytes", "kbit_per_second": "{:.1f} kbit/s", "snr_db": "SNR {:.1f} dB",
+             "latent_numbers_per_second": "{:,.0f} numbers per second", "mel_mse": "mel error {:.3f}"}
     return record, ", ".join(text.format(record[key]) for key, text in words.items() if record.get(key) is not None)
 
 
@@ -461,7 +452,7 @@ def history_of(path: Path) -> tuple[list[dict], bool]:
 def models(folder: Path) -> tuple:
     """What there is to choose from, with the figures that were measured of each: [value, floor]."""
     found = []
-    for name, path in every_model().items():
+    for name, path in (weights(ig) | weights(ag)).items():
         state, (history, running) = state_of(path), history_of(path)
         found.append({"name": name, "family": state["family"], "trained_on": state["data"]["title"],
                       "epochs": max((r["epoch"] for r in history if "epoch" in r), default=0), "training_now": running,
@@ -473,7 +464,7 @@ def models(folder: Path) -> tuple:
 def follow(folder: Path, names: Sequence[str]) -> tuple:
     """Curves of training: loss over steps, held-out loss over epochs."""
     with ex.figure(folder / "training.png", 2, figsize=(11, 4)) as (_, axes):
-        for name, path in every_model().items():
+        for name, path in (weights(ig) | weights(ag)).items():
             history, running = history_of(path) if name in (names or ()) else ([], False)
             held_out = next((key for r in history for key in r if key.startswith("val_")), "")
             for axis, x, y in zip(axes, ("step", "epoch"), ("loss", held_out), strict=True):
@@ -490,7 +481,7 @@ def follow(folder: Path, names: Sequence[str]) -> tuple:
 @job(outputs=2)
 def compare(folder: Path, names: Sequence[str], seed: int = 0) -> tuple:
     """Samples of the same seed, and figures, side by side."""
-    paths = {name: path for name, path in every_model().items() if name in (names or ())}
+    paths = {name: path for name, path in (weights(ig) | weights(ag)).items() if name in (names or ())}
     if not paths:
         raise ig.UserError("choose at least one model", 2)
     gallery, reports = [], {name: evaluation_of(path) for name, path in paths.items()}

@@ -19,13 +19,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import answers as an  # noqa: E402  before gradio, whose settings it makes
 import gradio as gr  # noqa: E402
-from answers import CODEC, Options, ag, ig  # noqa: E402
+from answers import CODEC, ag, ig  # noqa: E402
 from PIL import Image  # noqa: E402
 
 # === the page ===
@@ -192,7 +193,7 @@ def speak_page() -> None:
 
 
 def compare_page() -> None:
-    names = [*an.every_model()]
+    names = [*an.weights(ig), *an.weights(ag)]
     with tab("Compare", names, "there are no weights at all"):
         picked = gr.CheckboxGroup(names, value=[n for n in names if n in an.weights(ig, lambda f: f.can_sample)],
                                   label="Models", info="Shipped, and trained here.")
@@ -210,7 +211,7 @@ def compare_page() -> None:
             trigger(an.follow, [picked], curves, trigger_mode="always_last", **ASIDE)
         listed = [note("Models"), gr.JSON(label="What is known of each: figures with their floors", max_height=300)]
         runs("List the models again", an.models, [], listed, "models").success(
-            lambda: gr.CheckboxGroup([*an.every_model()]), None, picked, api_visibility="private",
+            lambda: gr.CheckboxGroup([*an.weights(ig), *an.weights(ag)]), None, picked, api_visibility="private",
             show_progress="hidden")
 
 
@@ -225,11 +226,25 @@ def build() -> gr.Blocks:
 # === start ===
 
 
+@dataclass(frozen=True)
+class Options:
+    port: int = ig.option(7860, "server", "port to listen on", ig.number(int, 1, 65535))
+    host: str = ig.option("127.0.0.1", "server", "address to listen on; 0.0.0.0 lets every machine of the network in: "
+                          "set STUDIO_AUTH as well", str)
+    browser: bool = ig.option(True, "server", "open the page in the browser")
+    data_root: Path | None = ig.option(None, "data", "folder with MNIST/raw, where it is not image_gen/data", Path)
+    max_mb: float = ig.option(25.0, "limits", "megabytes of one upload", ig.number(float, 0.001, 2000))
+    max_seconds: float = ig.option(60.0, "limits", "seconds of one sound", ig.number(float, 1, 36_000))
+
+
 def read_options(argv: Sequence[str]) -> tuple[Options, tuple[str, str] | None]:
     """From the command line and from variables: STUDIO_PORT is --port, as HOST and PORT often mean something else. The
     name and password come only from a variable: the command line is for all users of a machine to see."""
-    words = [f"--{f.name}={value}" for f in dataclasses.fields(Options) if f.type != "bool"
-             and (value := os.environ.get(f"STUDIO_{f.name.upper()}"))]
+    words = []
+    for name, default in dataclasses.asdict(Options()).items():
+        if value := os.environ.get(f"STUDIO_{name.upper()}"):
+            no = value.lower() in ("0", "no", "false")
+            words.append(f"--{'no-' * no}{name}" if isinstance(default, bool) else f"--{name}={value}")
     if any(word.split("=")[0] == "--auth" for word in argv):
         raise ig.UserError("--auth: give STUDIO_AUTH=NAME:PASSWORD as a variable; the command line is no place for a "
                            "password, every user of this machine can read it", 2)

@@ -43,7 +43,7 @@ class Studio:
 
     def request(self, path: str, body: bytes | None = None, kind: str = "application/json") -> bytes:
         request = urllib.request.Request(self.url + path, body, {"Content-Type": kind} if body is not None else {})
-        with self.opener.open(request, timeout=120) as answer:
+        with self.opener.open(request, timeout=600) as answer:
             return answer.read()
 
     def call(self, name: str, **inputs) -> list:
@@ -135,7 +135,6 @@ def test_draw_refuses_in_the_words_of_the_command_line(studio, inputs, words):
     assert words in studio.error("draw", **inputs)
 
 
-SONG = ROOT / "audio_gen" / "examples" / "groove.flac"
 SHIPPED = ROOT / "audio_gen" / "pretrained"
 
 
@@ -154,16 +153,16 @@ def picture(width: int, height: int, kind: str = "PNG", value: int = 0) -> bytes
 
 
 def test_encode_and_decode_give_the_bytes_of_the_command_line(studio, tmp_path):
-    note, file = studio.call("encode", sound=studio.upload("groove.flac", SONG.read_bytes()), bitrate=48)
-    cli = line_of_command("audio_gen", tmp_path, "--model", "codec", "--checkpoint", SHIPPED / "audio_codec.pt",
-                          "--input", SONG, "--encode", "--bitrate", 48)
+    (tmp_path / "tone.wav").write_bytes(wave(1.0, 44_100, channels=2))
+    codec = "--checkpoint", SHIPPED / "audio_codec.pt"
+    note, file = studio.call("encode", sound=studio.upload("tone.wav", wave(1.0, 44_100, channels=2)), bitrate=48)
+    cli = line_of_command("audio_gen", tmp_path, *codec, "--input", tmp_path / "tone.wav", "--encode", "--bitrate", 48)
     small = studio.bytes_of(file)
-    assert small == (cli / "groove.iag").read_bytes() and f"{len(small):,} bytes" in note
-    note, sound = studio.call("decode", file=studio.upload("groove.iag", small))
-    line_of_command("audio_gen", tmp_path, "--model", "codec", "--checkpoint", SHIPPED / "audio_codec.pt",
-                    "--decode", cli / "groove.iag")
-    assert studio.bytes_of(sound) == (cli / "groove_decoded.wav").read_bytes()
-    assert note == "6.4 s, 44,100 Hz, 2 channel(s)"
+    assert small == (cli / "tone.iag").read_bytes() and f"{len(small):,} bytes" in note
+    note, sound = studio.call("decode", file=studio.upload("tone.iag", small))
+    line_of_command("audio_gen", tmp_path, *codec, "--decode", cli / "tone.iag")
+    assert studio.bytes_of(sound) == (cli / "tone_decoded.wav").read_bytes()
+    assert note == "1.0 s, 44,100 Hz, 2 channel(s)"
 
 
 def test_regenerate_gives_the_bytes_of_the_command_line(studio, tmp_path):
@@ -299,6 +298,15 @@ def test_only_uploads_are_read_and_only_answers_are_given(studio, path):
     assert answer.startswith("event: error") and "Traceback" not in answer and path not in answer
     with pytest.raises(urllib.error.HTTPError, match="40[0-9]"):
         studio.request(f"/gradio_api/file={path}")
+
+
+def test_the_name_of_a_file_is_no_upload(module, tmp_path):
+    """Also where the page sends text, as it does with a drawing."""
+    (tmp_path / "mine.png").write_bytes(picture(28, 28))
+    for payload in (str(tmp_path / "mine.png"), f"{module.an.SCRATCH}/../{tmp_path.name}/mine.png", "data:,x", "data:",
+                    "", None, 7, {"path": "/etc/passwd"}, "x" * 100_000, "data:image/png;base64,\0"):
+        with pytest.raises(module.ig.UserError, match="nothing was given"):
+            module.an.uploaded(payload, tmp_path)
 
 
 def test_an_upload_has_a_limit(studio):
