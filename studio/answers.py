@@ -400,7 +400,7 @@ def speakers() -> tuple[dict[str, Path], str]:
     """Weights of the sound generator, and why there are none."""
     generator = ag.FAMILIES.get("diffusion")
     if generator is None:
-        return {}, "this audio_gen.py has no sound generator (--model diffusion)"
+        return {}, "this version has no sound generator (--model diffusion)"
     found = weights(ag, lambda family: family is generator)
     return found, "" if found else "no weights of the sound generator are in audio_gen/pretrained or audio_gen/models"
 
