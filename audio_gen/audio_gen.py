@@ -47,6 +47,7 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -246,13 +247,17 @@ class Family(nn.Module, abc.ABC):
         return {}
 
 
+class Row(NamedTuple):
+    """Of a table of metrics: what was made of some clips"""
+    name: str
+    mel: Tensor | None  # standardised log-mel [B M T]; None: that of the sound
+    sound: Tensor | None  # [B CLIP]
+    columns: dict[str, list] = {}  # figures that are known
+
+
 class SoundFamily(Family):
-    """What regeneration and metrics know of a family beside: how a decoded clip becomes audible."""
+    """What regeneration and metrics know of a family beside: its files, and how a decoded clip becomes audible."""
     held_out_count = 64
-    phases: tuple[str, ...] = ("griffinlim", "original")  # ways to make a decoded clip audible, see `to_audio`
-    per_frame = 1  # elements of a decoded clip's last axis per frame
-    margin = 0  # frames at either end of a clip that it decodes worse than the others
-    whole_clips = False  # whether a code is as long for a part of a clip as for all of it
     can_interpolate = True
     actions: dict[str, Callable[[Command, World], int]]  # what --mode infer and evaluate do
 
@@ -265,24 +270,25 @@ class SoundFamily(Family):
 
     @abc.abstractmethod
     def rate_text(self) -> str:
-        """What its description of a sound weighs, for titles"""
+        """What its files weigh, for titles"""
 
     @abc.abstractmethod
-    def encode(self, audio: Tensor, frames: Tensor | None = None) -> Any:
-        """Waveform [B CLIP], of which `frames` [B] hold sound (default: all) -> latent numbers [B ...]"""
+    def coder(self) -> SymbolCoder:
+        """What writes and reads its files"""
 
     @abc.abstractmethod
-    def decode(self, latent: Any) -> Tensor:
-        """Latent numbers -> a decoded clip [B R FRAMES * per_frame]: standardised log-mel, or waveform"""
+    def regenerate(self, audio: Tensor) -> Tensor:
+        """Waveform [L] of any length -> what the model makes of it, [L]"""
 
-    def render(self, decoded: Tensor, phase: str, original: Tensor | None = None) -> Tensor:
-        """A decoded clip [B R ...] -> waveform [B L]; `original` [B L] lends its phase to phase="original"."""
-        log_mel = self.preprocessor.unstandardise(decoded)
-        return to_audio(self.preprocessor, log_mel, decoded.shape[-1] * HOP, phase, original)
+    @abc.abstractmethod
+    def rows(self, audio: Tensor, frames: Tensor) -> Iterator[Row]:
+        """What it makes of clips [B CLIP], of which `frames` [B] hold sound"""
 
-    def baselines(self, _audio: Tensor, _frames: Tensor) -> dict[str, Tensor]:
-        """What codecs without a network make of the clips with the same count of numbers, in decoded form."""
-        return {}
+    def measure(self, tracks: Sequence[Track], count: int) -> tuple[dict[str, Any], dict[str, int]]:
+        """All figures of a test set -> rows of the table, how many of what they are measured on"""
+        clips = fixed_clips(tracks, count)
+        return measure_rows(self, clips, "measuring"), {
+            "clips": len(clips), "tracks": len({track.name for track, _ in clips})}
 
 
 # === autoencoder ===
@@ -302,7 +308,9 @@ class MelFamily(SoundFamily):
     [Tran03], their principal components, and a cosine transform of each component over the clip; of all these `numbers`
     are kept, those that vary most. It is orthogonal, training leaves it alone, and by itself it is the codec that the
     networks have to beat: one before and one behind it add something to the components, at first nothing."""
-    whole_clips = True
+    margin = 0  # frames at either end of a clip that it decodes worse than the others
+    WIDER = 0  # quarters of an octave by which the numbers that it keeps are larger than those of the training set
+    ROUNDING = 0.02  # error that a file's steps are to make, as a share of that of the linear code: 1 % of the model's
 
     def __init__(self, config: Any, data: DataInfo, numbers: int, frames: int) -> None:
         super().__init__(config, data)
@@ -359,14 +367,30 @@ class MelFamily(SoundFamily):
         """All numbers [B frames * C] -> those that are kept [B Z]"""
         return spectrum[:, self.chosen]
 
+    def places(self) -> Tensor:
+        """[S K]: where in the linear code the K numbers of a code stand, for each of the sets there are"""
+        return self.chosen[None]
+
+    def set_of(self, codes: Tensor) -> Tensor:
+        """[B Z] -> which set each belongs to [B]"""
+        return codes.new_zeros(len(codes), dtype=torch.long)
+
     def place(self, codes: Tensor) -> Tensor:
-        """Back again, with zeros for the others"""
-        return codes.new_zeros(len(codes), self.spread.numel()).index_copy(1, self.chosen, codes)
+        """Back to all numbers of the linear code, with zeros for those that were not kept"""
+        places = self.places()[self.set_of(codes)]
+        return codes.new_zeros(len(codes), self.spread.numel()).scatter(1, places, codes[:, :places.shape[1]])
+
+    def missed(self) -> Tensor:
+        """What the linear code leaves out of a clip: squared error, in all"""
+        return self.spread.square().sum() - self.spread.flatten()[self.chosen].square().sum()
+
+    def coder(self) -> LatentCoder:
+        return LatentCoder(self)
 
     def rate_text(self) -> str:
-        return f"{numbers_per_second(self):.4g} numbers/s of a clip"
+        return f"about {self.coder().expected_rate():.2g} kbit/s, phase by Griffin-Lim"
 
-    def encode(self, audio: Tensor, frames: Tensor | None = None) -> Tensor:
+    def encode(self, audio: Tensor) -> Tensor:
         """Waveform [B CLIP] -> [B Z]; of a VAE the mean of the posterior"""
         return self.pick(self.to_spectrum(self.log_mel(audio)))
 
@@ -374,10 +398,27 @@ class MelFamily(SoundFamily):
         """[B Z] -> standardised log-mel [B M T]"""
         return self.from_spectrum(self.place(latent))
 
-    def baselines(self, audio: Tensor, frames: Tensor) -> dict[str, Tensor]:
-        """The linear code alone: the principal components that vary most"""
-        codes = MelFamily.pick(self, self.to_spectrum(self.log_mel(audio), network=False))
-        return {"pca": self.from_spectrum(MelFamily.place(self, codes), network=False)}
+    def render(self, decoded: Tensor, phase: str = "griffinlim", original: Tensor | None = None) -> Tensor:
+        """Standardised log-mel [B M T] -> waveform [B T * HOP], see `to_audio`"""
+        log_mel = self.preprocessor.unstandardise(decoded)
+        return to_audio(self.preprocessor, log_mel, decoded.shape[-1] * HOP, phase, original)
+
+    @torch.no_grad()
+    def regenerate(self, audio: Tensor) -> Tensor:
+        decoded = joined(self, (self.decode(self.encode(clips)) for clips in clips_of(self, audio)), len(audio))
+        return render_long(self, decoded)[:len(audio)]
+
+    def rows(self, audio: Tensor, frames: Tensor) -> Iterator[Row]:
+        """The model, and the linear code alone: the principal components that vary most. Both as files hold them."""
+        coder, codes, linear = self.coder(), self.encode(audio), self.to_spectrum(self.log_mel(audio), network=False)
+        spectrum, rate = coder.through(self.place(codes), self.set_of(codes), frames)
+        decoded = self.from_spectrum(spectrum)
+        yield Row("model_mel", decoded, None, rate)
+        for phase in PHASES:
+            yield Row(f"model_{phase}", None, self.render(decoded, phase, audio))
+        coder.places = self.chosen[None].cpu()
+        spectrum, rate = coder.through(linear, torch.zeros_like(frames), frames)
+        yield Row("without_network_pca", self.from_spectrum(spectrum, network=False), None, rate)
 
     @torch.no_grad()
     def prepare(self, data: Any, device: torch.device) -> Tensor:
@@ -411,6 +452,7 @@ class AudioAutoencoder(MelFamily):
     margin = 16
     can_sample = False
     SETS = 64
+    WIDER = 2  # as a clip takes the set that keeps most
 
     def __init__(self, config: AutoencoderConfig, data: DataInfo) -> None:
         super().__init__(config, data, config.latent_dim, 16)
@@ -421,9 +463,11 @@ class AudioAutoencoder(MelFamily):
         index = self.kept((spectrum.detach() * self.spread.flatten()).square(), self.sets).argmax(1)
         return torch.cat([spectrum.gather(1, self.sets[index]), index[:, None].to(spectrum)], 1)
 
-    def place(self, codes: Tensor) -> Tensor:
-        chosen = self.sets[codes[:, -1].round().long() % self.SETS]
-        return codes.new_zeros(len(codes), self.spread.numel()).scatter(1, chosen, codes[:, :-1])
+    def places(self) -> Tensor:
+        return self.sets
+
+    def set_of(self, codes: Tensor) -> Tensor:
+        return codes[:, -1].round().long() % self.SETS
 
     @staticmethod
     def kept(energies: Tensor, sets: Tensor) -> Tensor:
@@ -531,8 +575,7 @@ class AudioVAE(MelFamily):
     def prepare(self, data: Any, device: torch.device) -> None:
         """Begin with what is the best posterior of a linear code, whose variance is the same for all x."""
         super().prepare(data, device)
-        total, kept = self.spread.square().sum(), self.spread.flatten()[self.chosen].square()
-        missed = (total - kept.sum()) / (FRAMES * self.config.n_mels)  # error per mel bin
+        kept, missed = self.spread.flatten()[self.chosen].square(), self.missed() / (FRAMES * self.config.n_mels)
         self.log_variance.copy_((missed / (missed + kept)).clamp(min=1e-6).log())
 
     def posterior(self, mel: Tensor) -> tuple[Tensor, Tensor]:
@@ -598,6 +641,7 @@ BANDS, PAN_BANDS, ANGLES = 32, 16, 64  # of frequency, for the network and for s
 STEP_OCTAVE = 128  # step sizes of the quantiser per octave
 FINEST = 15 * STEP_OCTAVE  # index of the smallest step: 2^-15, so that the loudest lines stay below LOUDEST steps
 LOUDEST = 2 ** 22  # magnitude that a file can hold
+RATES = (16_000, 44_100, 48_000)  # that are coded as they are
 CONTEXT = {"now": range(-10, 0), "past1": range(-5, 5), "past2": range(-2, 4), "memory": range(-3, 5),
            "other": range(-2, 3)}  # lines around the one to be coded, in what is known before it
 LEFT, RIGHT = 10, 4  # how far they reach
@@ -773,8 +817,6 @@ class Codec(SoundFamily):
     """Rounds the MDCT of a sound to steps, which is all that is lost, and codes the rest by learned probabilities."""
     config_class = CodecConfig
     results_folder = "codec"
-    phases = ("own",)
-    per_frame = HOP
     can_sample = can_interpolate = False
     FRAMES_A_STEP = 16  # of each clip that a training step looks at: neighbours have little new to say
 
@@ -785,6 +827,9 @@ class Codec(SoundFamily):
     def rate_text(self) -> str:
         rate, quality = self.config.bitrate, self.config.quality
         return f"{rate:g} kbit/s" if quality is None else f"steps of -{quality:g} dB"
+
+    def coder(self) -> Coder:
+        return Coder(self)
 
     def lines(self, audio: Tensor) -> Tensor:
         """Waveform [... L], L a multiple of the frame -> its MDCT [... T N]; orthonormal"""
@@ -827,22 +872,17 @@ class Codec(SoundFamily):
         plain = np.mean([plain_bits(clip.cpu().numpy()) / clip.numel() for clip in magnitudes])
         return {"val_bits_per_line": ours.mean().item(), "val_plain_bits_per_line": float(plain)}
 
-    @one_thread()
-    def encode(self, audio: Tensor, frames: Tensor | None = None) -> Tensor:
-        """Waveform [B CLIP] -> its lines [B T N] as a file of --bitrate would hold them"""
-        coder, decoded = Coder(self), []
-        for clip in self.lines(audio.cpu()).numpy()[:, None]:
-            step = step_size(coder.index_for(clip, SAMPLE_RATE, self.config))
-            values = coder.quantise(clip, SAMPLE_RATE, step).values
-            decoded.append(restored(values, centres_of(values, clip / step))[0] * step)
-        return torch.from_numpy(np.stack(decoded)).float().to(audio.device)
+    def regenerate(self, audio: Tensor) -> Tensor:
+        with tempfile.TemporaryDirectory() as folder:
+            found, _ = coded(self.coder(), self.config, audio.cpu().numpy()[:, None], SAMPLE_RATE, Path(folder))
+        return torch.from_numpy(found[:, 0]).to(audio.device)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Lines [B T N] -> waveform [B 1 CLIP]"""
-        return rotate(dct4(latent), -1).flatten(1)[:, None]
+    def rows(self, audio: Tensor, frames: Tensor) -> Iterator[Row]:
+        yield Row("model", None, torch.stack([self.regenerate(clip) for clip in audio]))
 
-    def render(self, decoded: Tensor, phase: str, original: Tensor | None = None) -> Tensor:
-        return decoded[:, 0]
+    def measure(self, tracks: Sequence[Track], count: int) -> tuple[dict[str, Any], dict[str, int]]:
+        loud = [track for track in tracks if np.square(track.audio, dtype=np.float32).mean() > INAUDIBLE ** 2][:count]
+        return codec_rows(self, loud), {"tracks": len(loud)}
 
 
 def plain_bits(values: np.ndarray) -> float:
@@ -900,26 +940,75 @@ def next_change(known: Sequence[tuple[int, float]], wanted: float, lines: int) -
     return math.floor((wanted - spent) * STEP_OCTAVE / (max(0.2, min(1.0, 0.6 * spent / lines + 0.1)) * lines))
 
 
-class Coder:
-    """A trained codec at work: sound <-> chunks of bytes. The network runs on numpy arrays of whole numbers."""
+class SymbolCoder:
+    """Magnitudes of whole numbers <-> bits, each by one of SCALES tables of probabilities; and what `encode_file` and
+    `decode_file` ask of a family."""
+    rates: tuple[int, ...]  # that its files can have
+    channels: tuple[int, ...]
+    asked: float | None = None  # kbit/s
+    digest: bytes  # of the model
 
-    def __init__(self, model: Codec) -> None:
+    def __init__(self, tables: np.ndarray) -> None:
+        """Tables float64 [SCALES LARGEST + 1]; rounded to 1/2^16, they are the same on any machine."""
         try:
             import constriction
         except ImportError as error:
-            raise UserError(f"the codec needs a package for entropy coding ({first_line(error)}): pip install "
+            raise UserError(f"files need a package for entropy coding ({first_line(error)}): pip install "
                             "constriction") from None
         self.stream = constriction.stream.queue
         self.uniform, self.tabled = (constriction.stream.model.Uniform(),
                                      constriction.stream.model.Categorical(perfect=False, lazy=True))
-        with torch.no_grad():
-            enter, band, kind, *more = (w.float().cpu() for w in model.context.weights())
-            table = model.context.tables.double().cpu().softmax(1) * 2 ** 16
-        self.weights = enter, (kind[:, None] + band).flatten(0, 1), *more
-        self.probabilities = (table.round().clamp(min=1) / 2 ** 16).float().numpy()  # the same on any machine
+        self.probabilities = ((tables * 2 ** 16).round().clip(min=1) / 2 ** 16).astype(np.float32)
         self.lengths = -np.log2(self.probabilities / self.probabilities.sum(1, keepdims=True))
         self.low = low_bits(np.arange(SCALES))
-        self.levels = LEVELS.numpy()
+
+    def code_lengths(self, tables: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
+        """Bits of each magnitude with its sign"""
+        low = self.low[tables]
+        value = magnitudes >> low
+        beyond = np.frexp((value - LARGEST + 1).clip(1).astype(float))[1]
+        return (self.lengths[tables, value.clip(max=LARGEST)] + low + (magnitudes > 0)
+                + np.where(value >= LARGEST, beyond + 4, 0))
+
+    def put(self, magnitudes: np.ndarray, tables: np.ndarray, tabled: Any, bits: Any, escapes: Any) -> None:
+        """[n] into three streams, or one: symbols of the tables, low bits, escapes"""
+        low = self.low[tables]
+        symbols = magnitudes >> low
+        for at in range(0, len(symbols), 1 << 14):
+            part = slice(at, at + (1 << 14))
+            common = symbols[part].clip(max=LARGEST).astype(np.int32)
+            tabled.encode(common, self.tabled, self.probabilities[tables[part]])
+        if low.any():
+            size = (1 << low[low > 0]).astype(np.int32)
+            bits.encode((magnitudes[low > 0] & (size - 1)).astype(np.int32), self.uniform, size)
+        for rest in (symbols[symbols >= LARGEST] - LARGEST + 1).tolist():  # length, then what follows the leading 1
+            length = rest.bit_length() - 1
+            escapes.encode(np.int32([length, rest - (1 << length)]), self.uniform, np.int32([32, max(2, 1 << length)]))
+
+    def take(self, tables: np.ndarray, tabled: Any, bits: Any, escapes: Any) -> np.ndarray:
+        """What `put` wrote, int32"""
+        sizes = self.low[tables].astype(np.int32)
+        symbols, rest = tabled.decode(self.tabled, self.probabilities[tables]), np.zeros_like(sizes)
+        if sizes.any():
+            rest[sizes > 0] = bits.decode(self.uniform, 1 << sizes[sizes > 0])
+        for i in (symbols >= LARGEST).nonzero()[0]:
+            length = int(escapes.decode(self.uniform, np.int32([32]))[0])
+            more = int(escapes.decode(self.uniform, np.int32([max(2, 1 << min(length, 22))]))[0])
+            symbols[i] += (1 << min(length, 22)) + more - 1
+        return (symbols << sizes) + rest
+
+
+class Coder(SymbolCoder):
+    """A trained codec at work: sound <-> chunks of bytes. The network runs on numpy arrays of whole numbers."""
+    rates, channels = RATES, (1, 2)
+
+    def __init__(self, model: Codec) -> None:
+        with torch.no_grad():
+            enter, band, kind, *more = (w.float().cpu() for w in model.context.weights())
+            super().__init__(model.context.tables.double().cpu().softmax(1).numpy())
+        self.weights = enter, (kind[:, None] + band).flatten(0, 1), *more
+        self.levels, self.config = LEVELS.numpy(), model.config
+        self.asked = model.config.bitrate if model.config.quality is None else None
         parts = [*(w.numpy() for w in self.weights), self.probabilities]
         self.digest = hashlib.sha256(b"".join(part.astype("<f4").tobytes() for part in parts)).digest()[:8]
 
@@ -944,14 +1033,6 @@ class Coder:
                 part = torch.stack([row[at:at + 8] for row in rows]).flatten(1).T
                 found[c, at:at + 8] = self.choose(part, places[:len(part)]).reshape(-1, top)
         return found
-
-    def code_lengths(self, tables: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
-        """Bits of each magnitude with its sign"""
-        low = self.low[tables]
-        value = magnitudes >> low
-        beyond = np.frexp((value - LARGEST + 1).clip(1).astype(float))[1]
-        return (self.lengths[tables, value.clip(max=LARGEST)] + low + (magnitudes > 0)
-                + np.where(value >= LARGEST, beyond + 4, 0))
 
     def quantise(self, lines: np.ndarray, rate: int, step: float, frames: slice = slice(None)) -> Quantised:
         """Lines [C T N] -> values that cost little for what they lose (rate-distortion optimised rounding): the whole
@@ -1004,19 +1085,9 @@ class Coder:
                 + np.arange(top))
         order = np.argsort(when.astype(np.int16).ravel(), kind="stable")  # the order in which `unpack` goes
         tables, values = quantised.tables.transpose(1, 0, 2).ravel()[order], values[:, :, :top].ravel()[order]
-        low, magnitudes = self.low[tables], np.abs(values)
-        symbols, tabled, bits, escapes = magnitudes >> low, *(self.stream.RangeEncoder() for _ in range(3))
-        for at in range(0, len(symbols), 1 << 14):
-            part = slice(at, at + (1 << 14))
-            common = symbols[part].clip(max=LARGEST).astype(np.int32)
-            tabled.encode(common, self.tabled, self.probabilities[tables[part]])
-        if low.any():
-            size = (1 << low[low > 0]).astype(np.int32)
-            bits.encode((magnitudes[low > 0] & (size - 1)).astype(np.int32), self.uniform, size)
-        for rest in (symbols[symbols >= LARGEST] - LARGEST + 1).tolist():  # length, then what follows the leading 1
-            length = rest.bit_length() - 1
-            escapes.encode(np.int32([length, rest - (1 << length)]), self.uniform, np.int32([32, max(2, 1 << length)]))
-        words = [coder.get_compressed().astype("<u4").tobytes() for coder in (tabled, bits, escapes)]
+        streams = [self.stream.RangeEncoder() for _ in range(3)]
+        self.put(np.abs(values), tables, *streams)
+        words = [stream.get_compressed().astype("<u4").tobytes() for stream in streams]
         lengths = struct.pack("<H3I", top, *map(len, words))
         return side + lengths + b"".join(words) + np.packbits(values[values != 0] < 0).tobytes()
 
@@ -1074,21 +1145,33 @@ class Coder:
 
     def read_step(self, tables: np.ndarray, edges: np.ndarray, streams: list[list[Any]]) -> np.ndarray:
         """The magnitudes of some lines, of which `edges` says where each chunk's begin"""
-        low, found = self.low[tables], np.zeros(len(tables), np.int32)
-        for (tabled, bits, escapes), a, b in zip(streams, edges[:-1], edges[1:]):
-            if a == b:
-                continue
-            part = tabled.decode(self.tabled, self.probabilities[tables[a:b]])
-            for i in (part >= LARGEST).nonzero()[0]:
-                length = int(escapes.decode(self.uniform, np.int32([32]))[0])
-                rest = int(escapes.decode(self.uniform, np.int32([max(2, 1 << min(length, 22))]))[0])
-                part[i] += (1 << min(length, 22)) + rest - 1
-            sizes = low[a:b]
-            part <<= sizes.astype(np.int32)
-            if sizes.any():
-                part[sizes > 0] += bits.decode(self.uniform, (1 << sizes[sizes > 0]).astype(np.int32))
-            found[a:b] = part
-        return found
+        return np.concatenate([self.take(tables[a:b], *three) if b > a else np.zeros(0, np.int32)
+                               for three, a, b in zip(streams, edges[:-1], edges[1:])])
+
+    def write(self, source: Path, target: Path, bits: int) -> Header:
+        return encode_file(self, self.config, source, target, bits)
+
+    def counts(self, header: Header) -> Iterator[int]:
+        """Frames of each chunk of a file"""
+        frames = -(-header.samples // frame_size(header.rate))
+        return (min(CHUNK_FRAMES, frames - start) for start in range(0, frames, CHUNK_FRAMES))
+
+    def seconds(self, header: Header, chunks: int) -> float:
+        """Length of the first chunks"""
+        return chunks * CHUNK_FRAMES * frame_size(header.rate) / header.rate
+
+    @one_thread()
+    def values(self, chunks: Sequence[tuple[bytes, int]], header: Header) -> list[np.ndarray]:
+        """Content and count of chunks -> what the MDCT was, [C T N] of each; errors where no coder wrote it"""
+        return list(decoded_lines(self, header, chunks))
+
+    def sound(self, values: Iterable[np.ndarray], header: Header) -> Iterator[np.ndarray]:
+        """Of all chunks -> blocks [L C]"""
+        for block in folded((dct4(torch.from_numpy(lines)).numpy() for lines in values), -1):
+            yield block.reshape(header.channels, -1).T
+
+    def figures(self, estimate: Path, source: Path) -> dict[str, float | None]:
+        return {"snr_db": file_snr(estimate, source)}
 
 
 # === signal path ===
@@ -1156,6 +1239,7 @@ class AudioPreprocessor(nn.Module):
         self.std.fill_(variance**0.5 if variance > 1e-6 else 1.0)  # digital silence only: leave it as it is
 
 
+PHASES = ("griffinlim", "original")  # ways to make a log-mel audible, see `to_audio`
 UPPER_BOUND = "the input's own: an upper bound, not the model's result"  # which is said wherever "original" is
 INVERSE_STEPS = 16  # from mel to frequencies: 50 would add 0.2 dB of SDR
 
@@ -1231,12 +1315,11 @@ class InferOptions:
     input: list[Path] | None = option(None, "regeneration", "audio files (default: shipped examples)", Path, nargs="+")
     output_dir: Path | None = option(None, "regeneration", "folder for NAME_reconstructed.wav (default: results)", Path)
     export: Path | None = option(None, "regeneration", "also write the averaged weights alone, in half precision", Path)
-
-
-@dataclass(frozen=True)
-class MelInferOptions(InferOptions):
-    phase: str = option("griffinlim", "regeneration", "original takes the input's own phase: only an upper bound may",
-                        choices=MelFamily.phases)
+    encode: bool = option(False, "regeneration", "only write the small file NAME.iag of each --input")
+    decode: list[Path] | None = option(None, "regeneration", "such files to turn into sound", Path, nargs="+")
+    salvage: bool = option(False, "regeneration", "of a damaged file write what stands before the damage")
+    bits: int | None = option(None, "regeneration", "of a sample of the WAV file: 16, 24, or 32 for floating point "
+                              "(default: 16; with --decode what the file says)", int, choices=(16, 24, 32))
 
 
 @dataclass(frozen=True)
@@ -1244,18 +1327,7 @@ class EvaluateOptions:
     eval_clips: int = option(100, "evaluation", "test clips to measure, spread evenly", number(int, 1))
 
 
-@dataclass(frozen=True)
-class CodecInferOptions(InferOptions):
-    encode: bool = option(False, "regeneration", "only write the codec file NAME.iag of each --input")
-    decode: list[Path] | None = option(None, "regeneration", "codec files to turn into sound", Path, nargs="+")
-    salvage: bool = option(False, "regeneration", "of a damaged codec file write what stands before the damage")
-    bits: int | None = option(None, "regeneration", "of a sample of the WAV file: 16, 24, or 32 for floating point "
-                              "(default: 16; with --decode what the codec file says)", int, choices=(16, 24, 32))
-
-
 SoundFamily.options = {"train": NoOptions, "infer": InferOptions, "evaluate": EvaluateOptions}
-MelFamily.options = SoundFamily.options | {"infer": MelInferOptions}
-Codec.options = SoundFamily.options | {"infer": CodecInferOptions}
 
 
 def known_fields(kind: type, values: dict) -> dict:
@@ -1595,7 +1667,6 @@ def clip_batches(clips: Sequence[tuple[Track, int]], device: torch.device) -> It
 
 def read_audio(path: Path, flag: str = "--input", stem: str = "mixture") -> Tensor:
     """A file of any rate and channels -> float32 mono [L] at SAMPLE_RATE; of a .stem.mp4 one of its five streams"""
-    import tempfile
 
     from torchaudio.functional import resample
     if not path.is_file():
@@ -1997,6 +2068,13 @@ def mel_metrics(estimate: Tensor, reference: Tensor, frames: Tensor,
     return values
 
 
+def whole_mels(prep: AudioPreprocessor, estimate: Tensor, reference: Tensor) -> dict[str, Tensor]:
+    """`mel_metrics` of two sounds [L]"""
+    mels = [prep.standardise(prep.log_mel(F.pad(sound, (0, -len(sound) % HOP))[None].to(prep.mean.device)))
+            for sound in (estimate, reference)]
+    return mel_metrics(*mels, torch.tensor([mels[1].shape[2]], device=prep.mean.device))
+
+
 def power_spectra(audio: Tensor, window: int, hop: int) -> Tensor:
     """[L] -> [window/2+1 T], scaled so that a full-scale sine has power 1"""
     hann = torch.hann_window(window, device=audio.device)
@@ -2130,23 +2208,16 @@ def held_out(model: Family, data: Any, device: torch.device, count: int | None =
 
 
 @torch.no_grad()
-def sounds(model: SoundFamily, audio: Tensor, frames: Tensor) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
-    """What is measured of clips [B CLIP]: (row, standardised log-mel [B M T] or None for that of the sound, sound or
-    None)."""
+def sounds(model: SoundFamily, audio: Tensor, frames: Tensor) -> Iterator[Row]:
+    """What is measured of clips [B CLIP], of which `frames` [B] hold sound"""
     prep = model.preprocessor
-    decoded, true_mel = model.decode(model.encode(audio, frames)), prep.log_mel(audio)
-    if model.per_frame == 1:
-        yield "model_mel", decoded, None
-    for phase in model.phases:
-        yield "model" if len(model.phases) == 1 else f"model_{phase}", None, model.render(decoded, phase, audio)
-    for name, plain in model.baselines(audio, frames).items():
-        row = (plain, None) if model.per_frame == 1 else (None, model.render(plain, model.phases[0], audio))
-        yield f"without_network_{name}", *row
-    for phase in SoundFamily.phases:
-        yield f"ceiling_true_mel_{phase}", None, to_audio(prep, true_mel, audio.shape[1], phase, audio)
+    yield from model.rows(audio, frames)
+    true_mel = prep.log_mel(audio)
+    for phase in PHASES:
+        yield Row(f"ceiling_true_mel_{phase}", None, to_audio(prep, true_mel, audio.shape[1], phase, audio))
     mean = torch.zeros_like(true_mel)
-    yield "floor_mean_spectrum", mean, None
-    yield "floor_mean_spectrum_griffinlim", None, to_audio(prep, prep.unstandardise(mean), audio.shape[1])
+    yield Row("floor_mean_spectrum", mean, None)
+    yield Row("floor_mean_spectrum_griffinlim", None, to_audio(prep, prep.unstandardise(mean), audio.shape[1]))
 
 
 def measure_rows(model: SoundFamily, clips: Sequence[tuple[Track, int]], title: str = "") -> dict[str, Any]:
@@ -2160,12 +2231,13 @@ def measure_rows(model: SoundFamily, clips: Sequence[tuple[Track, int]], title: 
             batch = clip_batch(part, device)
             samples = torch.tensor([min(CLIP, len(track.audio) - start) for track, start in part])
             target = prep.standardise(prep.log_mel(batch.audio))
-            for row, mel, sound in sounds(model, batch.audio, batch.frames):
+            for row, mel, sound, columns in sounds(model, batch.audio, batch.frames):
                 mel = prep.standardise(prep.log_mel(sound)) if mel is None else mel
-                columns = {name: value.tolist()
-                           for name, value in mel_metrics(mel, target, batch.frames, prep).items()}
+                reasons.setdefault(row, {"kbit_per_second": "a part of a clip weighs as much as all of it"})
+                columns = columns | {name: value.tolist()
+                                     for name, value in mel_metrics(mel, target, batch.frames, prep).items()}
                 if sound is not None:
-                    columns |= wave_metrics(sound, batch.audio, samples, reasons.setdefault(row, {}))
+                    columns |= wave_metrics(sound, batch.audio, samples, reasons[row])
                 values.setdefault(row, []).extend(dict(zip(columns, clip)) for clip in zip(*columns.values()))
             bar.update(len(part))
     stems = [track.stem for track, _ in clips]
@@ -2203,64 +2275,55 @@ FADE = 32  # frames over which neighbouring chunks of a long file are blended: 0
 PIECE = 1000  # frames that are made audible at a time, 20 s: what stays in the cache is three times as fast
 
 
-def chunk_starts(model: SoundFamily, length: int) -> list[int]:
-    """First frames of the clips that a file of so many samples is cut into: they overlap. A short last one that would
-    cost as much as a whole one is moved back to be one."""
-    frames, overlap = max(1, -(-length // HOP)), FADE + 2 * model.margin
-    starts = list(range(0, max(1, frames - overlap), FRAMES - overlap))
-    if model.whole_clips and len(starts) > 1:
-        starts[-1] = frames - FRAMES
-    return starts
+def clip_count(model: MelFamily, length: int) -> int:
+    """Clips that so many samples are cut into: they overlap by FADE and by what the model decodes worse"""
+    frames, overlap = -(-length // HOP), FADE + 2 * model.margin
+    return -(-max(1, frames - overlap) // (FRAMES - overlap)) if frames else 0
 
 
-def numbers_per_second(model: MelFamily, length: int = CLIP) -> float:
-    """Of a file of so many samples, with what its chunks' overlaps cost"""
-    return len(chunk_starts(model, length)) * model.chosen_count * SAMPLE_RATE / max(1, length)
+def clip_start(model: MelFamily, length: int, number: int) -> int:
+    """First frame of a clip. The last one is moved back: a part of a clip would cost as much as a whole one."""
+    return max(0, min(number * (FRAMES - FADE - 2 * model.margin), -(-length // HOP) - FRAMES))
 
 
-@torch.no_grad()
-def decode_long(model: SoundFamily, audio: Tensor, batch: int = 8) -> Tensor:
-    """Waveform [L] of any length -> decoded [1 R frames * per_frame], in chunks of one clip that are blended linearly
-    in the middle of their overlap, so that a seam has no edge and takes nothing from the chunks' own margins."""
-    frames, scale, starts = max(1, -(-len(audio) // HOP)), model.per_frame, chunk_starts(model, len(audio))
-    padded = F.pad(audio, (0, starts[-1] * HOP + CLIP - len(audio)))
-    whole, device = None, next(model.parameters()).device
-    ramp = (torch.arange(FADE * scale) + 0.5) / (FADE * scale)
-    end = 0  # of the chunk before
+def clips_of(model: MelFamily, audio: Tensor, batch: int = 8) -> Iterator[Tensor]:
+    """Waveform [L] of any length -> its clips [B CLIP]"""
+    padded, device = F.pad(audio, (0, CLIP)), next(model.parameters()).device
+    starts = [HOP * clip_start(model, len(audio), n) for n in range(clip_count(model, len(audio)))]
     for first in range(0, len(starts), batch):
-        part = starts[first:first + batch]
-        chunks = torch.stack([padded[s * HOP:s * HOP + CLIP] for s in part]).to(device)
-        sound = torch.tensor([min(FRAMES, frames - s) for s in part], device=device)
-        for start, decoded in zip(part, model.decode(model.encode(chunks, sound)).cpu()):
-            if whole is None:
-                whole = decoded.new_zeros(len(decoded), (starts[-1] + FRAMES) * scale)
-            skip = (end - start - FADE) // 2 * scale if start > 0 else 0  # up to the middle of the overlap
-            if start > 0:
-                before = whole[:, start * scale + skip:][:, :len(ramp)]
-                decoded[:, skip:skip + len(ramp)] = before * (1 - ramp) + decoded[:, skip:skip + len(ramp)] * ramp
-            end = start + FRAMES
-            whole[:, start * scale + skip:end * scale] = decoded[:, skip:]
-    return whole[None, :, :frames * scale]
+        yield torch.stack([padded[start:start + CLIP] for start in starts[first:first + batch]]).to(device)
+
+
+def joined(model: MelFamily, parts: Iterable[Tensor], length: int) -> Tensor:
+    """The first decoded clips [B M FRAMES] of so many samples -> [1 M T], blended linearly in the middle of their
+    overlap, so that a seam has no edge and takes nothing from the clips' own margins."""
+    clips = [clip for part in parts for clip in part.cpu()]
+    starts = [clip_start(model, length, n) for n in range(len(clips))]
+    whole, ramp = clips[0].new_zeros(len(clips[0]), starts[-1] + FRAMES), (torch.arange(FADE) + 0.5) / FADE
+    for before, start, clip in zip([None, *starts], starts, clips):
+        skip = 0 if before is None else (before + FRAMES - start - FADE) // 2  # up to the middle of the overlap
+        if before is not None:
+            clip[:, skip:skip + FADE] = torch.lerp(whole[:, start + skip:][:, :FADE], clip[:, skip:skip + FADE], ramp)
+        whole[:, start + skip:start + FRAMES] = clip[:, skip:]
+    return whole[None, :, :-(-length // HOP)]
 
 
 @torch.no_grad()
-def render_long(model: Family, decoded: Tensor, phase: str, audio: Tensor) -> Tensor:
-    """Decoded [1 R ...] -> waveform as long as `audio` [L], 20 s at a time; pieces overlap and are blended so that
-    their power stays even, whether their phases agree there or not."""
-    frames, device, scale = decoded.shape[-1] // model.per_frame, next(model.parameters()).device, model.per_frame
-    padded = F.pad(audio, (0, frames * HOP - len(audio)))
+def render_long(model: MelFamily, decoded: Tensor) -> Tensor:
+    """Decoded [1 M T] -> waveform [T HOP], 20 s at a time; pieces overlap and are blended so that their power stays
+    even, whether their phases agree there or not."""
+    frames, device = decoded.shape[-1], next(model.parameters()).device
     result, ramp = torch.zeros(frames * HOP), (torch.arange(FADE * HOP) + 0.5) / (FADE * HOP)
     for start in range(0, max(1, frames - FADE), PIECE - FADE):
         end = min(frames, start + PIECE)
-        original = padded[None, start * HOP:end * HOP].to(device)
-        piece = model.render(decoded[..., start * scale:end * scale].to(device), phase, original)[0].cpu()
+        piece = model.render(decoded[..., start:end].to(device))[0].cpu()
         if start > 0:
             before, after = result[start * HOP:(start + FADE) * HOP], piece[:FADE * HOP]
             alike = (before @ after / (before.norm() * after.norm()).clamp(min=1e-9)).clamp(min=0)
             power = (ramp.square() + (1 - ramp).square() + 2 * alike * ramp * (1 - ramp)).sqrt()
             piece[:FADE * HOP] = (before * (1 - ramp) + after * ramp) / power
         result[start * HOP:end * HOP] = piece
-    return result[:len(audio)]
+    return result
 
 
 def write_wav(path: Path, audio: Tensor) -> None:
@@ -2272,13 +2335,10 @@ def write_wav(path: Path, audio: Tensor) -> None:
         part.write_bytes(buffer.getbuffer())
 
 
-def level_matched(estimate: Tensor, original: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Both as loud as `original`; if a peak would clip, both are turned down together, by the gain that comes third."""
-    level = original.square().mean().sqrt() / estimate.square().mean().sqrt().clamp(min=1e-9)
-    estimate = estimate * level.clamp(max=1000)
-    peak = max(estimate.abs().max().item(), original.abs().max().item())
-    gain = min(1.0, 0.999 / peak) if peak > 0 else 1.0
-    return estimate * gain, original * gain, gain
+def as_loud(estimate: Tensor, level: float) -> Tensor:
+    """With this root mean square, or less where a peak would clip"""
+    now, peak = (max(1e-9, value.item()) for value in (estimate.square().mean().sqrt(), estimate.abs().max()))
+    return estimate * min(1000, level / now, 0.999 / peak)
 
 
 def output_folder(folder: Path, given: bool) -> Path:
@@ -2300,84 +2360,21 @@ def outputs_apart(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
                         "with different --output_dir", 2)
 
 
-def measured(model: SoundFamily, path: Path, original: Tensor) -> dict[str, Any]:
-    """Figures of exactly what was written, against the original as it would be written beside it, of the same length"""
-    estimate, silent = read_audio(path), original.square().mean() < INAUDIBLE**2
-    wave = {m.__name__: None if silent else attempt(m, estimate, original)[0] for m in (snr_db, si_sdr_db)}
-    prep, pad = model.preprocessor, (0, -len(original) % HOP)
-    ours, true = (prep.standardise(prep.log_mel(F.pad(sound, pad)[None].to(prep.mean.device)))
-                  for sound in (estimate, original))
-    return wave | {"mel_mse": mel_metrics(ours, true, torch.tensor([true.shape[2]]))["mel_mse"].item()}
-
-
-def regenerate(model: SoundFamily, file: Path, target: Path, phase: str) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Give one file back, say how well -> (its record, the original as loud as the result, the result)"""
-    audio, started = read_audio(file), time.perf_counter()
-    raw = render_long(model, decode_long(model, audio), phase, audio)
-    if not torch.isfinite(raw).all():
-        raise UserError(f"{file}: the result is not finite; use --precision float32")
-    estimate, original, gain = level_matched(raw, audio)
-    write_wav(target, estimate)
-    seconds, rate = len(audio) / SAMPLE_RATE, numbers_per_second(model, len(audio))
-    spent = time.perf_counter() - started
-    say(f"{file} ({seconds:.1f} s, {rate:.4g} numbers per second, {seconds / spent:.1f} x real time) -> {target}")
-    figures = measured(model, target, original)
-    snr, si_sdr, mel = ("-" if value is None else f"{value:.2f}" for value in figures.values())
-    lower = f"; {-20 * math.log10(gain):.1f} dB below the input, so that no peak clips" if gain < 0.99 else ""
-    say(f"  SNR {snr} dB, SI-SDR {si_sdr} dB, mel error {mel}{lower}")
-    return {"input": str(file), "output": str(target), "seconds": round(seconds, 3), "gain": round(gain, 5),
-            "latent_numbers_per_second": round(rate, 2), **figures}, original, estimate
-
-
-def run_infer(command: Command, world: World) -> int:
-    """--mode infer: write each file's regeneration, then say how near it is"""
-    options = command.options(FAMILIES[command.key].options["infer"])
-    model = command.model(world)
-    phase = getattr(options, "phase", model.phases[0])
-    results = output_folder(command.given.get("results_dir") or HERE / "results", "results_dir" in command.given)
-    output = output_folder(options.output_dir, True) if options.output_dir else results
-    files = options.input or sorted((HERE / "examples").glob("*.flac"))
-    if not files:
-        raise UserError(f"no example in {HERE / 'examples'}: name audio files with --input")
-    targets = [output / f"{file.stem}_reconstructed.wav" for file in files] if options.input else \
-        [output / f"audio_reconstructed_{i}.wav" for i in range(len(files))]
-    beside = [] if options.input else [output / f"audio_original_{i}.wav" for i in range(len(files))]
-    outputs_apart([*targets, *beside, results / "inference.json", results / "inference_comparison.png"], files)
-    say(f"{title_of(model)}, {phase_note(phase)}, from {command.path}"
-        + " (the shipped weights)" * (command.path.parent == HERE / "pretrained"))
-    if options.export:
-        export_model(model, command.state, options.export)
-    records, columns = [], []
-    for i, (file, target) in enumerate(zip(files, targets)):
-        record, original, estimate = regenerate(model, file, target, phase)
-        records.append(record)
-        if beside:
-            write_wav(beside[i], original)
-        columns += [(file.stem[:32], original, estimate)] * (i < 2)
-    comparison_figure(results / "inference_comparison.png", title_of(model, phase_note(phase)), columns, model)
-    write_json(results / "inference.json", {
-        "model": command.key, "checkpoint": str(command.path), "phase": phase, "original_phase": UPPER_BOUND,
-        "files": records, "machine": provenance(), "metrics": definitions("snr_db", "si_sdr_db", "mel_mse")})
-    say(f"-> {results / 'inference_comparison.png'}, {results / 'inference.json'}")
-    return 0
-
-
 # === codec files ===
 # header | chunk | chunk ...: a chunk is its length, its content and a CRC-32 of both that starts from its number; all
 # numbers are little-endian.
 
 MAGIC, VERSION = b"IAGC", 1
 HEADER = struct.Struct("<4sB8sIBBHQ")  # magic, version, digest of the model, Hz, channels, bits, step, samples
-RATES = (16_000, 44_100, 48_000)  # that are coded as they are
 GROUP = 8  # chunks that are decoded at a time
 
 
 class Header(NamedTuple):
-    digest: bytes
+    digest: bytes  # of the model
     rate: int
     channels: int
     bits: int  # of a sample of the WAV file that is asked for: 16, 24, or 32 for floating point
-    step: int
+    step: int  # index of the quantiser's step
     samples: int
 
     def pack(self) -> bytes:
@@ -2393,7 +2390,6 @@ def unfit(path: Path, error: Exception) -> UserError:
 @contextlib.contextmanager
 def open_sound(path: Path, told: bool = False) -> Iterator[Any]:
     """A soundfile of one or two channels at one of RATES, whatever the file is; resampled in memory if it must be."""
-    import tempfile
 
     import soundfile
     if not path.is_file():
@@ -2514,14 +2510,22 @@ def decorrelated(lines: np.ndarray, rate: int) -> tuple[np.ndarray, bytes]:
     return turned(lines, rate, angles, 1), angles.tobytes()
 
 
-def pack_chunk(coder: Coder, lines: np.ndarray, rate: int, index: int, place: int) -> bytes:
-    """The MDCT of a chunk [C T N] -> its record at this place of the file"""
+def pack_chunk(coder: Coder, lines: np.ndarray, rate: int, index: int) -> bytes:
+    """The MDCT of a chunk [C T N] -> its content"""
     lines, side = decorrelated(lines, rate)
     step = step_size(index)
     quantised = coder.quantise(lines, rate, step)
-    content = coder.pack(quantised, side + centres_of(quantised.values, lines / step).tobytes())
-    record = struct.pack("<I", len(content)) + content
-    return record + struct.pack("<I", zlib.crc32(record, place))
+    return coder.pack(quantised, side + centres_of(quantised.values, lines / step).tobytes())
+
+
+def write_file(target: Path, header: Header, contents: Iterable[bytes]) -> int:
+    """Header and chunks -> size of the file in bytes"""
+    with writer_lock(target), replacing(target) as part, open(part, "wb") as out:
+        size = out.write(header.pack())
+        for place, content in enumerate(contents):
+            record = struct.pack("<I", len(content)) + content
+            size += out.write(record + struct.pack("<I", zlib.crc32(record, place)))
+    return size
 
 
 SAMPLED = 1600  # frames from all over a file by which its step is chosen
@@ -2556,10 +2560,8 @@ def encode_file(coder: Coder, config: CodecConfig, source: Path, target: Path, b
         while True:
             file.seek(0)
             header = Header(coder.digest, rate, file.channels, bits, index, file.frames)
-            with writer_lock(target), replacing(target) as part, open(part, "wb") as out:
-                spent = 8 * (out.write(header.pack()) + sum(
-                    out.write(pack_chunk(coder, lines, rate, index, place))
-                    for place, lines in enumerate(lines_of(file, source))))
+            spent = 8 * write_file(target, header, (pack_chunk(coder, lines, rate, index)
+                                                    for lines in lines_of(file, source)))
             known.append((index, spent))
             change = min(FINEST - index, next_change(known, wanted, file.channels * frames * size))
             most, tolerance = (2, 0.02) if share < 1 else (5, 0.01)
@@ -2587,11 +2589,11 @@ def writer_lock(target: Path) -> Iterator[None]:
         held.close()
 
 
-def read_header(file: Any, path: Path, coder: Coder) -> Header:
-    """Of an open codec file; an error says what is the matter with it."""
+def read_header(file: Any, path: Path, coder: SymbolCoder) -> Header:
+    """Of an open file; an error says what is the matter with it."""
     data = file.read(HEADER.size + 4)
     if data[:4] != MAGIC:
-        raise UserError(f"{path} is no file of this codec: give one that --encode wrote")
+        raise UserError(f"{path} is no file of this script: give one that --encode wrote")
     if data[4:5] != bytes([VERSION]):
         raise UserError(f"{path} is of version {data[4] if len(data) > 4 else '?'} of the format, this script reads "
                         f"{VERSION}: use a newer script")
@@ -2601,22 +2603,22 @@ def read_header(file: Any, path: Path, coder: Coder) -> Header:
     if header.digest != coder.digest:
         raise UserError(f"{path} was written with another model ({header.digest.hex()}, this one is "
                         f"{coder.digest.hex()}): name that model's file with --checkpoint")
-    if header.rate not in RATES or header.channels not in (1, 2) or header.bits not in (16, 24, 32):
+    if header.rate not in coder.rates or header.channels not in coder.channels or header.bits not in (16, 24, 32):
         raise UserError(f"the header of {path} makes no sense: get another copy")
     return header
 
 
-def read_chunks(file: Any, header: Header) -> Iterator[tuple[bytes, int]]:
-    """(content, frames) of each chunk; ValueError where one is damaged or missing"""
-    frames = -(-header.samples // frame_size(header.rate))
-    for start in range(0, frames, CHUNK_FRAMES):
+def read_chunks(file: Any, counts: Iterable[int]) -> Iterator[tuple[bytes, int]]:
+    """(content, count) of each chunk, of whose frames or clips there are so many; ValueError where one is damaged or
+    missing"""
+    for place, count in enumerate(counts):
         length = file.read(4)
         content = file.read(min(int.from_bytes(length, "little"), 1 << 24))  # no chunk has as much
         if len(check := file.read(4)) < 4:
             raise ValueError("it ends too early")
-        if zlib.crc32(length + content, start // CHUNK_FRAMES) != int.from_bytes(check, "little"):
+        if zlib.crc32(length + content, place) != int.from_bytes(check, "little"):
             raise ValueError("its checksum is wrong")
-        yield content, min(CHUNK_FRAMES, frames - start)
+        yield content, count
     if file.read(1):
         raise ValueError("there is more than its header promises")
 
@@ -2632,32 +2634,29 @@ def decoded_lines(coder: Coder, header: Header, chunks: Sequence[tuple[bytes, in
         yield turned(lines, header.rate, np.frombuffer(content[:pan], np.uint8), -1) if pan else lines
 
 
-@one_thread()
-def decode_file(coder: Coder, source: Path, target: Path, salvage: bool = False,
+def decode_file(coder: SymbolCoder, source: Path, target: Path, salvage: bool = False,
                 bits: int | None = None) -> tuple[Header, str]:
-    """Write a codec file as WAV; returns its header and what was wrong with it, "" if nothing. With `salvage`, what
+    """Write a file's sound as WAV; returns its header and what was wrong with it, "" if nothing. With `salvage`, what
     stands before the damage is written; `bits` of a sample are else those that the header names."""
     import soundfile
     problem = ""
 
-    def blocks(file: Any, header: Header) -> Iterator[np.ndarray]:
+    def parts(file: Any, header: Header) -> Iterator[Any]:
         nonlocal problem
-        chunks, done = read_chunks(file, header), 0
+        chunks, done = read_chunks(file, coder.counts(header)), 0
         while True:
             try:
                 group = list(itertools.islice(chunks, 1 if salvage else GROUP))
                 if not group:
                     return
-                lines = list(decoded_lines(coder, header, group))
+                values = coder.values(group, header)
             except (ValueError, struct.error, AssertionError, IndexError) as error:
-                at = done * CHUNK_FRAMES * frame_size(header.rate) / header.rate
-                problem = f"{source} is damaged after {at:.1f} s or more ({first_line(error)})"
+                problem = f"{source} is damaged after {coder.seconds(header, done):.1f} s or more ({first_line(error)})"
                 if not salvage:
                     raise UserError(f"{problem}: --salvage writes what is before it") from None
                 return
             done += len(group)
-            for part in lines:
-                yield dct4(torch.from_numpy(part)).numpy()
+            yield from values
 
     try:
         with open(source, "rb") as file, replacing(target) as part:
@@ -2666,13 +2665,15 @@ def decode_file(coder: Coder, source: Path, target: Path, salvage: bool = False,
             kind = {16: "PCM_16", 24: "PCM_24", 32: "FLOAT"}[depth]
             with soundfile.SoundFile(part, "w", header.rate, header.channels, kind, format="WAV") as out:
                 left = header.samples
-                for block in folded(blocks(file, header), -1):
-                    sound = block.reshape(header.channels, -1).T[:left]
+                for sound in coder.sound(parts(file, header), header):
+                    if not np.isfinite(sound).all():
+                        raise UserError(f"{source}: what the model makes of it is not finite; use --precision float32")
+                    sound = sound[:left]
                     left -= len(sound)
                     out.write(sound if kind == "FLOAT" else pcm(sound, depth))
     except OSError as error:
         raise UserError(f"{source}: {error.strerror or error}: name a file that --encode wrote") from None
-    except (RuntimeError, AssertionError) as error:  # AssertionError: soundfile's, of a full disk
+    except (soundfile.LibsndfileError, AssertionError) as error:  # AssertionError: soundfile's, of a full disk
         raise UserError(f"can't write {target} ({first_line(error)}): free some space, or choose another "
                         "folder") from None
     return header, problem
@@ -2695,18 +2696,141 @@ def file_snr(estimate: Path, source: Path) -> float | None:
     return 10 * math.log10(energy / noise) if energy > 0 and noise > 0 else None
 
 
-def run_codec(command: Command, world: World) -> int:
-    """--mode infer of the codec: files become codec files, which become sound again; --encode and --decode do half"""
-    options, model = command.options(CodecInferOptions), command.model(world)
+CLIPS_OF_A_CHUNK = 8  # of a mel model's file
+UNHEARD = 255  # loudness that stands for silence
+
+
+class LatentCoder(SymbolCoder):
+    """Files of a mel model, one channel at 16 kHz: a chunk holds the loudness of the file in -1/2 dB and, of some
+    clips, the numbers of the linear code that the model keeps, rounded to one step for all. (A VAE learns just that:
+    the deviations of its posterior are 0.17 to 0.19 in the same unit, whatever the number.) Each is coded by the table
+    of a Laplace distribution as wide as the training set's numbers in its place."""
+    rates, channels = (SAMPLE_RATE,), (1,)
+
+    def __init__(self, model: MelFamily) -> None:
+        scale, low = 0.06 * 2 ** (np.arange(SCALES) / PER_OCTAVE), low_bits(np.arange(SCALES))
+        edges = (np.arange(LARGEST + 2) << low[:, None]) - 0.5
+        beyond = np.exp(-edges.clip(min=0) / scale[:, None])  # share of the numbers whose magnitude is not smaller
+        beyond[:, -1] = 0
+        super().__init__(-np.diff(beyond))  # a test shows that none of these is so near to a half that machines differ
+        self.model, self.places, self.spread = model, model.places().cpu(), model.spread.flatten().double().cpu()
+        self.sets = max(2, len(self.places))  # one bit for nothing where there is one
+        step = (12 * model.ROUNDING * model.missed().item() / self.places.shape[1]) ** 0.5
+        self.step = round(PER_OCTAVE * (8 - math.log2(max(step, 1e-4))))
+        edges = 2 ** (np.arange(-79.5, 80) / PER_OCTAVE)  # no float32 is so near to one of them that machines differ
+        self.wide = np.searchsorted(edges, self.spread.numpy()) - 80  # quarters of an octave
+        weights = {name for name, _ in model.named_parameters()}  # shipped in half precision
+        parts = [(v.half() if k in weights else v).cpu().numpy().tobytes() for k, v in model.state_dict().items()]
+        self.digest = hashlib.sha256(b"".join(parts)).digest()[:8]
+
+    def tables(self, sets: Tensor, step: int) -> np.ndarray:
+        """[n K]; the first one's deviation is 0.06 sqrt(2) steps, 3.56 octaves below one"""
+        offset = step - 8 * PER_OCTAVE + 14 + self.model.WIDER
+        return (self.wide[self.places[sets].numpy()] + offset).clip(0, SCALES - 1)
+
+    def unit(self, sets: Tensor, step: int) -> Tensor:
+        """Step in units of each number [n K]"""
+        return 2.0 ** (8 - step / PER_OCTAVE) / self.spread[self.places[sets]]
+
+    def rounded(self, spectrum: Tensor, sets: Tensor) -> np.ndarray:
+        """Numbers of the linear code [n D], of clips that belong to `sets` [n] -> whole numbers [n K]"""
+        exact = spectrum.double().cpu().gather(1, self.places[sets]) / self.unit(sets, self.step)
+        return exact.round().clamp(-LOUDEST, LOUDEST).long().numpy()
+
+    def spectrum(self, values: np.ndarray, sets: Tensor, step: int) -> Tensor:
+        """Back again: [n D]"""
+        numbers = (torch.from_numpy(values) * self.unit(sets, step)).float()
+        return torch.zeros(len(values), len(self.spread)).scatter(1, self.places[sets], numbers)
+
+    def pack(self, values: np.ndarray, sets: Tensor) -> bytes:
+        stream, flat = self.stream.RangeEncoder(), values.ravel()
+        stream.encode(sets.numpy().astype(np.int32), self.uniform, np.full(len(sets), self.sets, np.int32))
+        self.put(np.abs(flat), self.tables(sets, self.step).ravel(), stream, stream, stream)
+        signs = (flat[flat != 0] < 0).astype(np.int32)
+        stream.encode(signs, self.uniform, np.full_like(signs, 2))
+        return stream.get_compressed().astype("<u4").tobytes()
+
+    def unpack(self, content: bytes, count: int, step: int) -> Tensor:
+        """What `pack` wrote of so many clips -> numbers of the linear code [n D]"""
+        stream = self.stream.RangeDecoder(np.frombuffer(content, "<u4").astype(np.uint32))
+        sets = torch.from_numpy(stream.decode(self.uniform, np.full(count, self.sets, np.int32))).long()
+        values = self.take(self.tables(sets, step).ravel(), stream, stream, stream)
+        values[values > 0] *= 1 - 2 * stream.decode(self.uniform, np.full((values > 0).sum(), 2, np.int32))
+        return self.spectrum(values.reshape(count, -1), sets, step)
+
+    def through(self, spectrum: Tensor, sets: Tensor, frames: Tensor) -> tuple[Tensor, dict[str, list[float]]]:
+        """Clips [n D] of so many frames as a file holds them, and what a file of each whole one alone weighs"""
+        sets, values = sets.cpu(), self.rounded(spectrum, sets.cpu())
+        sizes = [HEADER.size + 13 + len(self.pack(one[None], its[None])) for one, its in zip(values, sets)]
+        rates = [size * SAMPLE_RATE / (125 * CLIP) if n == FRAMES else None for size, n in zip(sizes, frames.tolist())]
+        return self.spectrum(values, sets, self.step).to(spectrum.device), {"kbit_per_second": rates}
+
+    def expected_rate(self) -> float:
+        """kbit/s of a long file, if it is like the training set"""
+        p = self.probabilities / self.probabilities.sum(1, keepdims=True)
+        entropy = (p * self.lengths).sum(1) + self.low + 1 - p[:, 0]
+        bits = entropy[self.tables(torch.arange(len(self.places)), self.step)].sum(1).mean()
+        return bits / clip_start(self.model, 1 << 40, 1) * SAMPLE_RATE / HOP / 1000
+
+    @torch.no_grad()
+    def write(self, source: Path, target: Path, bits: int) -> Header:
+        audio, model = read_audio(source), self.model
+        level = audio.square().mean().sqrt().item()
+        loudness = bytes([min(UNHEARD, max(0, round(-40 * math.log10(max(level, 1e-9)))))])
+
+        def contents() -> Iterator[bytes]:
+            for clips in clips_of(model, audio, CLIPS_OF_A_CHUNK):
+                codes = model.encode(clips)
+                if not torch.isfinite(codes).all():
+                    raise UserError(f"{source}: what the model makes of it is not finite; use --precision float32")
+                sets = model.set_of(codes).cpu()
+                yield loudness + self.pack(self.rounded(model.place(codes), sets), sets)
+
+        header = Header(self.digest, SAMPLE_RATE, 1, bits, self.step, len(audio))
+        write_file(target, header, contents())
+        return header
+
+    def counts(self, header: Header) -> Iterator[int]:
+        clips = clip_count(self.model, header.samples)
+        return (min(CLIPS_OF_A_CHUNK, clips - first) for first in range(0, clips, CLIPS_OF_A_CHUNK))
+
+    def seconds(self, header: Header, chunks: int) -> float:
+        return clip_start(self.model, header.samples, chunks * CLIPS_OF_A_CHUNK) * HOP / SAMPLE_RATE
+
+    def values(self, chunks: Sequence[tuple[bytes, int]], header: Header) -> list[tuple[int, Tensor]]:
+        return [(content[0], self.unpack(content[1:], count, header.step)) for content, count in chunks]
+
+    @torch.no_grad()
+    def sound(self, values: Iterable[tuple[int, Tensor]], header: Header) -> Iterator[np.ndarray]:
+        if chunks := list(values):
+            model, loudness = self.model, chunks[0][0]
+            device = model.spread.device
+            sound = render_long(model, joined(model, (model.from_spectrum(spectra.to(device))
+                                                      for _, spectra in chunks), header.samples))
+            yield as_loud(sound, 10 ** (-loudness / 40) * (loudness < UNHEARD)).numpy()[:, None]
+
+    def figures(self, estimate: Path, source: Path) -> dict[str, float | None]:
+        ours, true = read_audio(estimate), read_audio(source)
+        silent = true.square().mean() < INAUDIBLE ** 2
+        return {"snr_db": None if silent else attempt(snr_db, ours, true)[0],
+                "mel_mse": whole_mels(self.model.preprocessor, ours, true)["mel_mse"].item()}
+
+
+SAID = {"snr_db": "SNR {} dB", "mel_mse": "mel error {}"}
+
+
+def run_infer(command: Command, world: World) -> int:
+    """--mode infer: sounds become small files, which become sound again; --encode and --decode do half of it"""
+    options, model = command.options(InferOptions), command.model(world)
     if options.decode and (more := {"input", "encode", "bitrate", "quality"} & command.given.keys()):
-        raise UserError(f"--decode takes codec files as they are: leave out --{' and --'.join(sorted(more))}", 2)
+        raise UserError(f"--decode takes files as they are: leave out --{' and --'.join(sorted(more))}", 2)
     if options.salvage and not options.decode:
         raise UserError("--salvage belongs to --decode", 2)
     if {"bitrate", "quality"} <= command.given.keys():
         raise UserError("--bitrate and --quality both decide the step: give one", 2)
     results = output_folder(command.given.get("results_dir") or HERE / "results", "results_dir" in command.given)
     output = output_folder(options.output_dir, True) if options.output_dir else results
-    coder, config = Coder(model), model.config
+    coder = model.coder()
     if options.export:
         export_model(model, command.state, options.export)
     if options.decode:
@@ -2715,41 +2839,46 @@ def run_codec(command: Command, world: World) -> int:
     if not files:
         raise UserError(f"no example in {HERE / 'examples'}: name audio files with --input")
     packed = [output / f"{file.stem}.iag" for file in files]
-    given = [output / f"{file.stem}_reconstructed.wav" for file in files]
-    outputs_apart([*packed, *given, results / "inference.json", results / "inference_comparison.png"], files)
+    targets = [output / f"{file.stem}_reconstructed.wav" for file in files]
+    outputs_apart([*packed, *targets, results / "inference.json", results / "inference_comparison.png"], files)
     shipped = command.path.parent == HERE / "pretrained"
     say(f"{title_of(model)}, from {command.path}" + " (the shipped weights)" * shipped)
-    records, columns, asked = [], [], config.bitrate if config.quality is None else None
-    for file, small, target in zip(files, packed, given):
-        started = time.perf_counter()
-        header = encode_file(coder, config, file, small, options.bits or 16)
-        seconds, size, spent = header.samples / header.rate, small.stat().st_size, time.perf_counter() - started
-        record = {"input": str(file), "file": str(small), "bytes": size, "kbit_per_second": size / seconds / 125,
-                  "rate": header.rate, "channels": header.channels, "seconds": round(seconds, 3)}
-        say(f"{file} ({seconds:.1f} s, {header.rate} Hz, {'stereo' if header.channels == 2 else 'mono'}) -> {small}: "
-            f"{size:,} bytes, {record['kbit_per_second']:.1f} kbit/s; {seconds / spent:.1f} x real time"
-            + " (no less can be had)" * (asked is not None and record["kbit_per_second"] > 1.1 * asked)
-            + " (no more is needed)" * (asked is not None and record["kbit_per_second"] < 0.9 * asked))
+    records, columns = [], []
+    for file, small, target in zip(files, packed, targets):
+        records.append(encoded(coder, file, small, options.bits or 16))
         if not options.encode:
             started = time.perf_counter()
-            decode_file(coder, small, target)
-            snr = file_snr(target, file)
-            say(f"  -> {target}: SNR {'-' if snr is None else format(snr, '.2f')} dB; "
-                f"{seconds / (time.perf_counter() - started):.1f} x real time")
-            record |= {"output": str(target), "snr_db": snr}
+            header, _ = decode_file(coder, small, target)
+            speed, figures = header.samples / header.rate / (time.perf_counter() - started), coder.figures(target, file)
+            said = (SAID[k].format("-" if v is None else f"{v:.2f}") for k, v in figures.items())
+            say(f"  -> {target}: {', '.join(said)}; {speed:.1f} x real time")
+            records[-1] |= {"output": str(target)} | figures
             columns += [(file.stem[:32], read_audio(file), read_audio(target))] * (len(columns) < 2)
-        records.append(record)
     if columns:
         comparison_figure(results / "inference_comparison.png", title_of(model), columns, model)
     write_json(results / "inference.json", {
         "model": command.key, "checkpoint": str(command.path), "files": records, "machine": provenance(),
-        "metrics": definitions("snr_db")})
+        "metrics": definitions("kbit_per_second", *SAID)})
     say(f"-> {results / 'inference.json'}" + f", {results / 'inference_comparison.png'}" * bool(columns))
     return 0
 
 
-def decode_all(coder: Coder, options: CodecInferOptions, output: Path) -> int:
-    """--decode: the sound of codec files; 1 where one was damaged and only salvaged"""
+def encoded(coder: SymbolCoder, source: Path, target: Path, bits: int) -> dict[str, Any]:
+    """Write the small file of a sound -> what is recorded of it"""
+    started = time.perf_counter()
+    header = coder.write(source, target, bits)
+    size, seconds, spent = target.stat().st_size, header.samples / header.rate, time.perf_counter() - started
+    rate, asked = size / seconds / 125, coder.asked
+    say(f"{source} ({seconds:.1f} s, {header.rate} Hz, {'stereo' if header.channels == 2 else 'mono'}) -> {target}: "
+        f"{size:,} bytes, {rate:.{1 if rate > 10 else 3}f} kbit/s; {seconds / spent:.1f} x real time"
+        + " (no less can be had)" * bool(asked and rate > 1.1 * asked)
+        + " (no more is needed)" * bool(asked and rate < 0.9 * asked))
+    return {"input": str(source), "file": str(target), "bytes": size, "kbit_per_second": rate, "rate": header.rate,
+            "channels": header.channels, "seconds": round(seconds, 3)}
+
+
+def decode_all(coder: SymbolCoder, options: InferOptions, output: Path) -> int:
+    """--decode: the sound of small files; 1 where one was damaged and only salvaged"""
     targets = [output / f"{file.stem}_decoded.wav" for file in options.decode]
     outputs_apart(targets, options.decode)
     status = 0
@@ -2803,82 +2932,63 @@ def stereo_of(track: Track, folder: Path) -> np.ndarray | None:
         return file.read(LONGEST * 44_100, dtype="float32") if fit else None
 
 
-def evaluate_codec(command: Command, world: World) -> int:
-    """--mode evaluate of the codec: by the size of real files, beside the plain MDCT coder at the same size"""
-    import tempfile
-    model, results = command.model(world), output_folder(command.results(), "results_dir" in command.given)
-    if {"bitrate", "quality"} & command.given.keys():
-        raise UserError("--mode evaluate measures the codec at rates of its own: leave out --bitrate and --quality", 2)
-    data, coder, prep = SUBJECT.load(command, world), Coder(model), model.preprocessor
-    loud = [track for track in data.test if np.square(track.audio, dtype=np.float32).mean() > INAUDIBLE ** 2]
-    tracks, values, reasons = loud[:command.options(EvaluateOptions).eval_clips], {}, {}
+def codec_rows(model: Codec, tracks: Sequence[Track]) -> dict[str, Any]:
+    """Like `measure_rows`, of files at several rates, beside the plain MDCT coder at the same size"""
+    coder, prep, reasons = model.coder(), model.preprocessor, {}
+    values: dict[str, dict[str, list[dict]]] = {}
 
-    def add(row: str, stem: str, size: float, seconds: float, columns: dict[str, float | None]) -> None:
-        for group in ("all", stem):
-            values.setdefault(row, {}).setdefault(group, []).append({"kbit_per_second": size / seconds / 125} | columns)
+    def through(sound: np.ndarray, hertz: int, kbits: float) -> tuple[Tensor, int, dict[str, float]]:
+        config = dataclasses.replace(model.config, bitrate=kbits, quality=None)
+        found, size = coded(coder, config, sound, hertz, Path(name))
+        return torch.from_numpy(found.T.copy()), size, {"kbit_per_second": size * hertz / len(sound) / 125}
+
+    def add(row: str, columns: dict[str, float | None]) -> None:
+        for group in ("all", track.stem):
+            values.setdefault(row, {}).setdefault(group, []).append(columns)
 
     with tempfile.TemporaryDirectory() as name, progress(len(tracks), "measuring", unit="track", leave=False) as bar:
         for track in tracks:
             audio = torch.from_numpy(np.array(track.audio[:LONGEST * SAMPLE_RATE])).float()
-            whole_frames = torch.tensor([-(-len(audio) // HOP)])
-            for rate in MONO_RATES:
-                config = dataclasses.replace(model.config, bitrate=rate, quality=None)
-                seconds = len(audio) / SAMPLE_RATE
-                estimate, size = coded(coder, config, audio.numpy()[:, None], SAMPLE_RATE, Path(name))
-                for row, sound in ((f"codec_mono_{rate:03d}", torch.from_numpy(estimate[:, 0])),
-                                   (f"plain_mdct_mono_{rate:03d}", plain_codec(audio, 8 * size))):
-                    ours, true = (prep.standardise(prep.log_mel(F.pad(x, (0, -len(x) % HOP))[None]))
-                                  for x in (sound, audio))
+            for kbits in MONO_RATES:
+                found, size, rate = through(audio.numpy()[:, None], SAMPLE_RATE, kbits)
+                for row, sound in ((f"codec_mono_{kbits:03d}", found[0]),
+                                   (f"plain_mdct_mono_{kbits:03d}", plain_codec(audio, 8 * size))):
                     columns = wave_metrics(sound[None], audio[None], torch.tensor([len(audio)]),
-                                           reasons.setdefault(row, {})) | mel_metrics(ours, true, whole_frames)
-                    add(row, track.stem, size, seconds, {key: float(v[0]) if v[0] is not None else None
-                                                         for key, v in columns.items()})
+                                           reasons.setdefault(row, {})) | whole_mels(prep, sound, audio)
+                    add(row, rate | {key: None if v[0] is None else float(v[0]) for key, v in columns.items()})
             stereo = stereo_of(track, Path(name))
-            for rate in STEREO_RATES if stereo is not None else ():
-                config = dataclasses.replace(model.config, bitrate=rate, quality=None)
-                estimate, size = coded(coder, config, stereo, 44_100, Path(name))
-                pair = [torch.from_numpy(x.T.copy()) for x in (estimate, stereo)]
+            for kbits in STEREO_RATES if stereo is not None else ():
+                found, _, rate = through(stereo, 44_100, kbits)
+                pair = found, torch.from_numpy(stereo.T.copy())
                 figures = {m.__name__: float(np.mean([m(a, b) for a, b in zip(*pair)])) for m in (mr_stft, lsd_db)}
-                add(f"codec_stereo_{rate:03d}", track.stem, size, len(stereo) / 44_100,
-                    {"snr_db": float(snr_db(*(x.flatten() for x in pair)))} | figures)
+                rate["snr_db"] = float(snr_db(*(x.flatten() for x in pair)))
+                add(f"codec_stereo_{kbits:03d}", rate | figures)
             bar.update()
-    rows = {row: {group: summarise(clips, reasons.get(row)) for group, clips in groups.items()}
+    return {row: {group: summarise(clips, reasons.get(row)) for group, clips in groups.items()}
             for row, groups in values.items()}
+
+
+def run_evaluate(command: Command, world: World) -> int:
+    """--mode evaluate: every metric on the test split, between its floor and its ceilings; rates are of whole files"""
+    model, results = command.model(world), output_folder(command.results(), "results_dir" in command.given)
+    if {"bitrate", "quality"} & command.given.keys():
+        raise UserError("--mode evaluate measures the codec at rates of its own: leave out --bitrate and --quality", 2)
+    data, started = SUBJECT.load(command, world), time.perf_counter()
+    rows, counts = model.measure(data.test, command.options(EvaluateOptions).eval_clips)
     write_json(results / "evaluation.json", {
         "model": command.key, "checkpoint": str(command.path), "checkpoint_sha256": file_digest(command.path),
-        "trained_on": model.data.title, "dataset": data.title, "split": "test", "tracks": len(tracks), "rows": rows,
-        "seconds_of_a_track": LONGEST, "machine": provenance(), "metrics": definitions(*METRICS)})
-    say(f"{title_of(model)}\non the test split of {data.title}: {len(tracks)} tracks; rates are of whole files")
-    for stem in dict.fromkeys(["all", *(track.stem for track in tracks)]):
+        "parameters": sum(p.numel() for p in model.parameters()), "trained_on": model.data.title,
+        "dataset": data.title, "split": "test", **counts, "device": str(world.device),
+        "precision": str(model.precision).removeprefix("torch."), "original_phase": UPPER_BOUND, "rows": rows,
+        "seconds": round(time.perf_counter() - started, 1), "machine": provenance(), "metrics": definitions(*METRICS)})
+    say(f"{title_of(model)}\non the test split of {data.title}: {' of '.join(f'{n} {k}' for k, n in counts.items())}")
+    for stem in dict.fromkeys(itertools.chain.from_iterable(rows.values())):
         print_rows(rows, stem)
     say(f"-> {results / 'evaluation.json'}")
     return 0
 
 
-def evaluate_clips(command: Command, world: World) -> int:
-    """--mode evaluate: every metric on the test split, between its floor and its ceilings."""
-    model, results = command.model(world), output_folder(command.results(), "results_dir" in command.given)
-    data = SUBJECT.load(command, world)
-    clips = fixed_clips(data.test, command.options(EvaluateOptions).eval_clips)
-    started = time.perf_counter()
-    report = {"model": command.key, "checkpoint": str(command.path), "checkpoint_sha256": file_digest(command.path),
-              "parameters": sum(p.numel() for p in model.parameters()), "trained_on": model.data.title,
-              "latent_numbers_per_second": numbers_per_second(model), "dataset": data.title, "split": "test",
-              "clips": len(clips), "tracks": len({track.name for track, _ in clips}), "device": str(world.device),
-              "precision": str(model.precision).removeprefix("torch."), "original_phase": UPPER_BOUND}
-    report["rows"] = measure_rows(model, clips, "measuring")
-    report |= {"seconds": round(time.perf_counter() - started, 1), "machine": provenance(),
-               "metrics": definitions(*METRICS)}
-    write_json(results / "evaluation.json", report)
-    say(f"{title_of(model)}\non the test split of {data.title}: {len(clips)} clips of {report['tracks']} tracks")
-    for stem in dict.fromkeys(["all", *(track.stem for track, _ in clips)]):
-        print_rows(report["rows"], stem)
-    say(f"-> {results / 'evaluation.json'}")
-    return 0
-
-
-SoundFamily.actions = {"infer": run_infer, "evaluate": evaluate_clips}
-Codec.actions = {"infer": run_codec, "evaluate": evaluate_codec}
+SoundFamily.actions = {"infer": run_infer, "evaluate": run_evaluate}
 
 
 # === figures ===
@@ -2957,10 +3067,6 @@ def draw_curves(trainer: Trainer) -> None:
     save_figure(figure, trainer.results / "training_curves.png")
 
 
-def phase_note(phase: str) -> str:
-    return f"phase: {phase}" + f" ({UPPER_BOUND})" * (phase == "original")
-
-
 def title_of(model: SoundFamily, *more: str) -> str:
     return " · ".join([family_name(type(model)), model.rate_text(),
                        f"trained on {model.data.title}", *more])
@@ -2974,7 +3080,7 @@ class BetweenEpochs:
 
     def __init__(self, model: SoundFamily, data: AudioData) -> None:
         self.data, self.remembered = data, {}
-        self.notes = [model.rate_text()]
+        self.notes = []
         if empty := int((model.preprocessor.filters.amax(0) == 0).sum()):
             self.notes.append(f"warning: {empty} of {model.config.n_mels} mel bands are narrower than the transform "
                               "resolves and stay empty: they hold no sound; use fewer --n_mels")
@@ -2996,14 +3102,13 @@ class BetweenEpochs:
         columns, folder, stamp = [], trainer.results / "progress", f"epoch_{epoch:03d}"
         for i, (track, start) in enumerate(chosen):
             audio = cut(track, start)[:len(track.audio) - start]
-            raw = render_long(model, decode_long(model, audio), model.phases[0], audio)
-            estimate, original, _ = level_matched(raw, audio)
+            estimate = as_loud(model.regenerate(audio), audio.square().mean().sqrt().item())
             write_wav(folder / f"{stamp}_{i}.wav", estimate)
             if last:
                 write_wav(trainer.results / f"audio_reconstructed_{i}.wav", estimate)
-                write_wav(trainer.results / f"audio_original_{i}.wav", original)
-            columns.append((f"{track.name[:24]} ({track.stem})", original, estimate))
-        title = title_of(model, f"epoch {epoch}", phase_note(model.phases[0]))
+                write_wav(trainer.results / f"audio_original_{i}.wav", audio)
+            columns.append((f"{track.name[:24]} ({track.stem})", audio, estimate))
+        title = title_of(model, f"epoch {epoch}")
         comparison_figure(folder / f"spectrogram_{stamp}.png", title, columns, model)
         if last:
             comparison_figure(trainer.results / "spectrogram_comparison.png", title, columns, model)

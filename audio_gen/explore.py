@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import audio_gen as ag  # noqa: E402
-from audio_gen import CLIP, FAMILIES, HOP, SAMPLE_RATE, Command, MelFamily, UserError, World, option  # noqa: E402
+from audio_gen import CLIP, FAMILIES, HOP, SAMPLE_RATE, Command, UserError, World, option  # noqa: E402
 
 CLIPS_OF_A_FILE = 8  # that the table measures, spread evenly
 
@@ -32,14 +32,12 @@ CLIPS_OF_A_FILE = 8  # that the table measures, spread evenly
 @dataclass(frozen=True)
 class InterpolateOptions:
     input: list[Path] | None = option(None, "exploring", "the two audio files", Path, nargs=2)
-    phase: str = option("griffinlim", "exploring", "how a mel spectrogram becomes sound", choices=MelFamily.phases[:1])
 
 
 @dataclass(frozen=True)
 class SampleOptions:
     num_samples: int = option(4, "exploring", "clips to make", ag.number(int, 1, 1000))
     seed: int = option(0, "exploring", "clip i of a seed is always the same", ag.number(int, 0, 2**63 - 1))
-    phase: str = option("griffinlim", "exploring", "how a mel spectrogram becomes sound", choices=MelFamily.phases[:1])
 
 
 @dataclass(frozen=True)
@@ -88,12 +86,12 @@ def interpolate(command: Command, world: World) -> int:
     tracks = [ag.Track(file.name, "file", ag.read_audio(file).numpy()) for file in options.input]
     ends = [max(ag.fixed_clips([track]), key=lambda clip: float(ag.cut(*clip).square().sum())) for track in tracks]
     start, end = model.encode(ag.clip_batch(ends, world.device).audio).split(1)
-    loudness = [model.render(model.decode(code), options.phase).square().mean().sqrt().item() for code in (start, end)]
+    loudness = [model.render(model.decode(code)).square().mean().sqrt().item() for code in (start, end)]
     spectra = [model.place(code) for code in (start, end)]  # two latents may hold numbers of different components
     pieces, columns = [], []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         decoded = model.from_spectrum(torch.lerp(*spectra, share))
-        piece = model.render(decoded, options.phase)[0].cpu()
+        piece = model.render(decoded)[0].cpu()
         # a mean of two log spectra has fewer peaks than either: it would be quiet
         piece *= loudness[0] ** (1 - share) * loudness[1] ** share / piece.square().mean().sqrt().clamp(min=1e-9)
         edge = (torch.arange(HOP) + 0.5) / HOP  # 20 ms in and out, so that the joints do not click
@@ -117,7 +115,7 @@ def sample(command: Command, world: World) -> int:
     results, columns = results_for(command, [*names, "samples.png"], ()), []
     for i, name in enumerate(names):
         decoded = model.sample(ag.Noise(options.seed, [i], world.device))
-        ag.write_wav(results / name, not_clipped(model.render(decoded, options.phase)[0].cpu()))
+        ag.write_wav(results / name, not_clipped(model.render(decoded)[0].cpu()))
         columns += [(f"sample {i}", model.preprocessor.unstandardise(decoded)[0].cpu())] * (i < 25)
     strip_figure(results / "samples.png", ag.title_of(model, f"from the prior, seed {options.seed}"), columns)
     ag.say(f"{len(names)} clip(s) of {CLIP / SAMPLE_RATE:.2f} s -> {results / names[0]} ..., {results / 'samples.png'}")
