@@ -2805,8 +2805,8 @@ class LatentCoder(SymbolCoder):
         if chunks := list(values):
             model, loudness = self.model, chunks[0][0]
             device = model.spread.device
-            sound = render_long(model, joined(model, (model.from_spectrum(spectra.to(device))
-                                                      for _, spectra in chunks), header.samples))
+            mel = joined(model, (model.from_spectrum(spectra.to(device)) for _, spectra in chunks), header.samples)
+            sound = render_long(model, mel)[:header.samples]
             yield as_loud(sound, 10 ** (-loudness / 40) * (loudness < UNHEARD)).numpy()[:, None]
 
     def figures(self, estimate: Path, source: Path) -> dict[str, float | None]:

@@ -954,7 +954,7 @@ def test_rounding_is_as_fine_as_was_meant_and_steps_are_worth_their_bits(family)
 
 
 @pytest.mark.parametrize("family", MEL_FAMILIES)
-@pytest.mark.parametrize("seconds", [0.001, 2, 12, 47])
+@pytest.mark.parametrize("seconds", [0.001, 2, 38])
 def test_sound_of_a_mel_file_is_the_decoded_quantised_latents(family, seconds):
     """A file of one chunk or more, against decoding what was rounded without any file."""
     model, audio = latent_model(family), song(seconds)
