@@ -874,7 +874,7 @@ class Codec(SoundFamily):
 
     def regenerate(self, audio: Tensor) -> Tensor:
         with tempfile.TemporaryDirectory() as folder:
-            found, _ = coded(self.coder(), self.config, audio.cpu().numpy()[:, None], SAMPLE_RATE, Path(folder))
+            found, _ = coded(self.coder(), audio.cpu().numpy()[:, None], SAMPLE_RATE, Path(folder))
         return torch.from_numpy(found[:, 0]).to(audio.device)
 
     def rows(self, audio: Tensor, frames: Tensor) -> Iterator[Row]:
@@ -2909,12 +2909,12 @@ def plain_codec(audio: Tensor, bits: float) -> Tensor:
     return rotate(dct4(quantised), -1).flatten()[:len(audio)].float()
 
 
-def coded(coder: Coder, config: CodecConfig, audio: np.ndarray, rate: int, folder: Path) -> tuple[np.ndarray, int]:
+def coded(coder: SymbolCoder, audio: np.ndarray, rate: int, folder: Path) -> tuple[np.ndarray, int]:
     """Sound [L C] through a real file -> [L C], size of the file in bytes"""
     import soundfile
     paths = [folder / name for name in ("in.wav", "sound.iag", "out.wav")]
     soundfile.write(paths[0], audio, rate, subtype="FLOAT")
-    encode_file(coder, config, paths[0], paths[1], 32)
+    coder.write(paths[0], paths[1], 32)
     decode_file(coder, paths[1], paths[2])
     return soundfile.read(paths[2], dtype="float32", always_2d=True)[0], paths[1].stat().st_size
 
@@ -2938,8 +2938,8 @@ def codec_rows(model: Codec, tracks: Sequence[Track]) -> dict[str, Any]:
     values: dict[str, dict[str, list[dict]]] = {}
 
     def through(sound: np.ndarray, hertz: int, kbits: float) -> tuple[Tensor, int, dict[str, float]]:
-        config = dataclasses.replace(model.config, bitrate=kbits, quality=None)
-        found, size = coded(coder, config, sound, hertz, Path(name))
+        coder.config = dataclasses.replace(model.config, bitrate=kbits, quality=None)
+        found, size = coded(coder, sound, hertz, Path(name))
         return torch.from_numpy(found.T.copy()), size, {"kbit_per_second": size * hertz / len(sound) / 125}
 
     def add(row: str, columns: dict[str, float | None]) -> None:
