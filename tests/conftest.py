@@ -257,7 +257,7 @@ def quiet(module: types.ModuleType, here: Path, patch=None) -> None:
     patch.setattr(subject, "between", lambda *_: Quiet(output))
     load = subject.load
     patch.setattr(subject, "load", lambda command, world: loaded(
-        module, command.mode, command.options(subject.data_options["train"]), lambda: load(command, world)))
+        module, command.mode, command.options(module.FAMILIES[command.key].data_options["train"]), lambda: load(command, world)))
     for family in module.FAMILIES.values():
         patch.setattr(family, "prepare", prepared(family.prepare))
 

@@ -1253,7 +1253,7 @@ def test_schedule_is_a_straight_line_from_image_to_noise():
 def test_flow_is_noise_minus_image_and_gives_the_image_back():
     model, batch = build("diffusion", INFO, guidance=1), make_batch(ig.load_digits())
     for t in (1, 100, 500, 900, 980):
-        x, flow = model.noisy(batch, torch.full((8,), t))
+        x, flow = model.noisy(batch.images, torch.full((8,), t), batch.draw)
         alpha, sigma = model.noise_schedule.alphas[t].item(), model.noise_schedule.sigmas[t].item()
         noise = (x - alpha * batch.images) / sigma
         torch.testing.assert_close(flow, noise - batch.images, rtol=1e-3, atol=2e-3 / sigma)
