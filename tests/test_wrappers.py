@@ -369,7 +369,7 @@ def test_every_flag_has_its_variable(monkeypatch, half, mode):
 
 @pytest.mark.parametrize("wrapper, env, code, words", [
     ("image_gen/infer.sh", {"NUM_SAMPLE": "3", "DEVICE": "quantum"}, 2, ("you mean NUM_SAMPLES?", "--device quantum")),
-    ("audio_gen/infer.sh", {"PHASES": "x", "INPUT": "'no such.wav' b.wav"}, 1, ("you mean PHASE?", "no such.wav:")),
+    ("audio_gen/infer.sh", {"BITRATES": "9", "INPUT": "'no such.wav' b.wav"}, 1, ("you mean BITRATE?", "no such.wav:")),
     ("image_gen/train.sh", {"NPROC": "2", "DATASET": "digits", "BATCH_SIZE": "7"}, 2, ("--batch_size 7",))])
 def test_real_scripts_heed_variables_say_near_misses_and_have_the_last_line(fresh, wrapper, env, code, words):
     fresh.venv(lent=True)
