@@ -109,7 +109,7 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
         except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n' * (kind is int)} {kind.__name__}") from None
         if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
-            limit = f"{'above' if open_low else 'at least'} {low:g}" + f" and at most {high:g}" * (high < math.inf)
+            limit = f"{'above' if open_low else 'at least'} {low:g}" + f" and at most {high:,.12g}" * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text} is out of range: must be {limit}")
         return value
 
@@ -1206,8 +1206,8 @@ class SoundClassifier(ShortSoundFamily):
 
         self.body = nn.Sequential(
             convolution(1, w), convolution(w, w), nn.MaxPool2d(2), convolution(w, 2 * w), convolution(2 * w, 2 * w),
-            nn.MaxPool2d(2), convolution(2 * w, 4 * w), nn.Flatten(),
-            nn.Linear(4 * w * (rows // 4) * (data.frames // 4), config.features), nn.ReLU())
+            nn.MaxPool2d(2), convolution(2 * w, 4 * w), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(4 * w * (rows // 8) * (data.frames // 8), config.features), nn.ReLU())
         self.head = nn.Linear(config.features, len(data.classes))
 
     @torch.no_grad()
@@ -1774,13 +1774,6 @@ class CodecInferOptions(InferOptions):
                               "(default: 16; with --decode what the codec file says)", int, choices=(16, 24, 32))
 
 
-def sound_count(text: str) -> int:
-    count = number(int, 1)(text)
-    if count > 100_000:
-        raise argparse.ArgumentTypeError(f"{text}: at most 100,000 at a time; for more give another --seed")
-    return count
-
-
 @dataclass(frozen=True)
 class ExportOptions:
     """Flags of --mode infer for any model of short sounds."""
@@ -1790,7 +1783,7 @@ class ExportOptions:
 @dataclass(frozen=True)
 class DrawOptions(ExportOptions):
     num_samples: int | None = option(None, "sampling", "sounds to draw (default: one of each class, or of each "
-                                     "--label)", sound_count)
+                                     "--label)", number(int, 1, 100_000))
     label: str | None = option(None, "sampling", "classes to draw, in turn, e.g. 7 or 1,9,8,4 (default: all)", str)
     sample_batch: int = option(64, "sampling", "sounds drawn at once, bounds the memory", number(int, 1))
     output_dir: Path | None = option(None, "sampling", "folder for the WAV files (default: results)", Path)
