@@ -19,7 +19,8 @@ APART = {  # definitions of one name that differ in the two scripts, and why
     "drawing, regenerating", "title_of": "what a title says", "draw_curves": "other curves", "ClassifierConfig":
     "another network", "DiffusionConfig": "other sizes, one objective", "SAMPLERS": "no consistency there",
     "MeasureOptions": "another feature net", "ClassifyOptions": "pictures, sounds",
-    "ExportOptions": "groups of flags", "some_rows": "pictures, sounds", "classifier_net": "what must fit", "find_feature_net":
+    "ExportOptions": "groups of flags",
+    "some_rows": "pictures, sounds", "classifier_net": "what must fit", "find_feature_net":
     "no Inception for sounds", "generate": "sounds need a phase", "generate_all": "pictures, sounds",
     "evaluate_samples": "the way back is measured too", "pick_labels": "digits have two names",
 }
