@@ -12,6 +12,7 @@ Sound is mono at 16 kHz, float in [-1, 1], but for the codec's files; a clip has
 
 References
     [Balle18]    Balle, Minnen, Singh, Hwang, Johnston: Variational Image Compression with a Scale Hyperprior, 2018
+    [Bink18]     Binkowski et al.: Demystifying MMD GANs (kernel distance), 2018
     [Esser24]    Esser et al.: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024
     [Gray76]     Gray, Markel: Distance Measures for Speech Processing (log-spectral distance), 1976
     [Griffin84]  Griffin, Lim: Signal Estimation from Modified Short-Time Fourier Transform, 1984
@@ -31,8 +32,8 @@ References
     [Princen87]  Princen, Johnson, Bradley: Subband/Transform Coding Based on Time Domain Aliasing Cancellation, 1987
     [Rafii17]    Rafii, Liutkus, Stoeter, Mimilakis, Bittner: The MUSDB18 Corpus for Music Separation, 2017
     [Rybkin21]   Rybkin, Daniilidis, Levine: Simple and Effective VAE Training with Calibrated Decoders, 2021
-    [Bink18]     Binkowski et al.: Demystifying MMD GANs (kernel distance), 2018
     [Salim16]    Salimans et al.: Improved Techniques for Training GANs (Inception Score), 2016
+    [Song21]     Song, Meng, Ermon: Denoising Diffusion Implicit Models, 2021
     [Taal11]     Taal, Hendriks, Heusdens, Jensen: An Algorithm for Intelligibility Prediction (STOI), 2011
     [Tran03]     Tran, Liang, Tu: Lapped Transform via Time-Domain Pre- and Post-Filtering, 2003
     [Vincent06]  Vincent, Gribonval, Fevotte: Performance Measurement in Blind Audio Source Separation, 2006
@@ -109,7 +110,7 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
         except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n' * (kind is int)} {kind.__name__}") from None
         if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
-            limit = f"{'above' if open_low else 'at least'} {low:g}" + f" and at most {high:g}" * (high < math.inf)
+            limit = f"{'above' if open_low else 'at least'} {low:g}" + f" and at most {high:,.12g}" * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text} is out of range: must be {limit}")
         return value
 
@@ -159,13 +160,6 @@ class Batch(NamedTuple):
     progress: float = 1.0  # share of the run that is done, for what is warmed up
 
 
-class ShortBatch(NamedTuple):
-    audio: Tensor  # [B L]
-    labels: Tensor  # [B] int64
-    draw: Draw
-    progress: float = 1.0
-
-
 def seed32(*numbers: int) -> int:
     """Mix integers into one 32-bit seed. (torch's CPU generator uses only the low 32 bits of a seed, so that
     plain sums or shifts would make streams collide.)"""
@@ -188,28 +182,7 @@ class Draw:
         return torch.rand(self.total, *shape, generator=self.generator)[self.rows].to(self.device)
 
 
-class Noise:
-    """Noise for a list of sample numbers: sample i of seed s gets the same numbers in a batch of any size."""
-
-    def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator().manual_seed(seed32(seed, int(i), 1)) for i in indices]
-        self.device = device
-
-    def __len__(self) -> int:
-        return len(self.generators)
-
-    def normal(self, *shape: int) -> Tensor:
-        """[B *shape] from N(0, 1); each call goes on where the last one ended."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """float [-1, 1] -> uint8 [0, 255], rounded to the nearest level as a saved picture is"""
-    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-
-
 # === building blocks ===
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -1218,6 +1191,33 @@ STRIDE = 16  # ms between the frames of a picture
 CEPSTRA = 32  # lowest coefficients of the cepstrum that a classifier may look at
 
 
+class ShortBatch(NamedTuple):
+    audio: Tensor  # [B L]
+    labels: Tensor  # [B] int64
+    draw: Draw
+    progress: float = 1.0
+
+
+class Noise:
+    """Noise for a list of sample numbers: sample i of seed s gets the same numbers in a batch of any size."""
+
+    def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator().manual_seed(seed32(seed, int(i), 1)) for i in indices]
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.generators)
+
+    def normal(self, *shape: int) -> Tensor:
+        """[B *shape] from N(0, 1); each call goes on where the last one ended."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [-1, 1] -> uint8 [0, 255], rounded to the nearest level as a saved picture is"""
+    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
 class ShortSoundFamily(Family):
     """What the models of short sounds share: a sound is a picture [B 1 M T] of its log-mel spectrogram, 1 the loudest
     of the training set and -1 what is 60 dB below it, or more."""
@@ -1289,8 +1289,8 @@ class SoundClassifier(ShortSoundFamily):
 
         self.body = nn.Sequential(
             convolution(1, w), convolution(w, w), nn.MaxPool2d(2), convolution(w, 2 * w), convolution(2 * w, 2 * w),
-            nn.MaxPool2d(2), convolution(2 * w, 4 * w), nn.Flatten(),
-            nn.Linear(4 * w * (rows // 4) * (data.frames // 4), config.features), nn.ReLU())
+            nn.MaxPool2d(2), convolution(2 * w, 4 * w), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(4 * w * (rows // 8) * (data.frames // 8), config.features), nn.ReLU())
         self.head = nn.Linear(config.features, len(data.classes))
 
     @torch.no_grad()
@@ -1511,10 +1511,11 @@ class DiffusionConfig(RunConfig):
     blocks: int = option(2, "model", "residual blocks per level, each way", number(int, 1, 16))
     label_dropout: float = option(0.1, "model", "share of labels that are hidden, for guidance", number(float, 0, 1))
     sampler: str = option("dpm++", "sampling", "ddim or dpm++ (2M)", choices=tuple(SAMPLERS))
-    steps: int = option(10, "sampling", "sampling steps, one evaluation each", number(int, 1, TIMESTEPS))
-    guidance: float = option(1.5, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none, other values "
+    steps: int = option(8, "sampling", "sampling steps, one evaluation each", number(int, 1, TIMESTEPS))
+    guidance: float = option(1.2, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none, other values "
                              "double the work", number(float, 0, 100))
-    temperature: float = option(1.0, "sampling", "factor of the starting noise", number(float, 0, 10))
+    temperature: float = option(0.95, "sampling", "factor of the starting noise", number(float, 0, 10))
+    seed: int = option(0, "run", "sound i of a seed is always the same", number(int, 0, 2**63 - 1))
 
 
 class FlowModel(Family):
@@ -1847,13 +1848,6 @@ class EvaluateOptions:
     eval_clips: int = option(100, "evaluation", "test clips to measure, spread evenly", number(int, 1))
 
 
-def sound_count(text: str) -> int:
-    count = number(int, 1)(text)
-    if count > 100_000:
-        raise argparse.ArgumentTypeError(f"{text}: at most 100,000 at a time; for more give another --seed")
-    return count
-
-
 @dataclass(frozen=True)
 class ExportOptions:
     """Flags of --mode infer for any model of short sounds."""
@@ -1863,7 +1857,7 @@ class ExportOptions:
 @dataclass(frozen=True)
 class DrawOptions(ExportOptions):
     num_samples: int | None = option(None, "sampling", "sounds to draw (default: one of each class, or of each "
-                                     "--label)", sound_count)
+                                     "--label)", number(int, 1, 100_000))
     label: str | None = option(None, "sampling", "classes to draw, in turn, e.g. 7 or 1,9,8,4 (default: all)", str)
     sample_batch: int = option(64, "sampling", "sounds drawn at once, bounds the memory", number(int, 1))
     output_dir: Path | None = option(None, "sampling", "folder for the WAV files (default: results)", Path)
@@ -2510,9 +2504,9 @@ class ShortSounds:
         self.classes = sorted(counts, key=DIGITS.index if set(counts) <= set(DIGITS) else None)
         if lacking := {label for label, _ in rows["test"]} - set(counts):
             raise UserError(f"{title}: {min(lacking)} is in the test set only: give it sounds to train on")
-        if min(map(len, rows.values())) < 2:
+        if len(rows["train"]) < 2 or not rows["test"]:
             raise UserError(f"{title}: {len(rows['train'])} sound(s) to train on and {len(rows['test'])} to test with, "
-                            "needed are 2 and 2: add some")
+                            "needed are 2 and 1: add some")
         (self.train, self.train_labels), (self.test, self.test_labels) = (
             (torch.stack([sound for _, sound in part]),
              torch.tensor([self.classes.index(label) for label, _ in part])) for part in (rows["train"], rows["test"]))
@@ -2604,7 +2598,7 @@ def load_short(options: ShortSoundOptions) -> ShortSounds:
 def stem_sounds(options: ShortSoundOptions, rate: int, frames: int, length: int) -> tuple[str, int, int, dict]:
     """Pieces of the stems of MUSDB18, or of made-up ones: the stem is the class"""
     from torchaudio.functional import resample
-    told = DataOptions(options.dataset, musdb_root=options.data_root, num_samples=200)
+    told = DataOptions(options.dataset, musdb_root=options.data_root, num_samples=60)
     dataset = DATASETS[options.dataset](told, SPLITS)
     rows: dict[str, list[tuple[str, Tensor]]] = {"train": [], "test": []}
     for split, tracks in (("train", dataset.train + dataset.valid), ("test", dataset.test)):

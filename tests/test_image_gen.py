@@ -1457,8 +1457,7 @@ def test_unknown_class_is_a_usage_error(model_file):
 
 
 def test_number_of_samples_is_bounded(model_file):
-    assert_error(call(*INFER, "--num_samples", 99_999_999_999), 2, "--num_samples", "at most 1,000,000",
-                 "names of six digits", "--seed")
+    assert_error(call(*INFER, "--num_samples", 99_999_999_999), 2, "--num_samples", "at most 1,000,000")
 
 
 def test_memory_for_drawing_does_not_grow_with_the_number_of_images(monkeypatch):

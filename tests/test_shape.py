@@ -14,10 +14,15 @@ FIRST_OBJECTIVE = 350
 MACHINERY = ("options", "registry", "files", "machine room")  # chapters; what is left is about images or sound
 APART = {  # definitions of one name that differ in the two scripts, and why
     "Batch": "what a batch holds", "DataInfo": "what a model must know of its data", "DataOptions": "flags of the data",
-    "DATASETS": "the data", "RunConfig": "other schedules and defaults", "ResidualBlock": "in two dimensions, in one",
-    "VaeConfig": "another VAE", "FAMILIES": "the models", "FILE_NAME": "names of files that exist", "SUBJECT":
-    "the subject itself", "InferOptions": "drawing, regenerating", "title_of": "what a title says",
-    "draw_curves": "other curves",
+    "DATASETS": "the data", "RunConfig": "other schedules and defaults", "VaeConfig": "another VAE", "FAMILIES":
+    "the models", "FILE_NAME": "names of files that exist", "SUBJECT": "the subject itself", "InferOptions":
+    "drawing, regenerating", "title_of": "what a title says", "draw_curves": "other curves", "ClassifierConfig":
+    "another network", "DiffusionConfig": "other sizes, one objective", "SAMPLERS": "no consistency there",
+    "MeasureOptions": "another feature net", "ClassifyOptions": "pictures, sounds",
+    "ExportOptions": "groups of flags",
+    "some_rows": "pictures, sounds", "classifier_net": "what must fit", "find_feature_net":
+    "no Inception for sounds", "generate": "sounds need a phase", "generate_all": "pictures, sounds",
+    "evaluate_samples": "the way back is measured too", "pick_labels": "digits have two names",
 }
 
 

@@ -199,7 +199,7 @@ def test_train_prepares_then_trains(ready, half):
 
 @pytest.mark.parametrize("half, code, stand_in, epochs, words", [
     ("image", "3", "digits", "150", ("MNIST can't be reached", "1,797 digits", "INSTEAD")),
-    *(("audio", c, "synthetic", "", ("MUSDB18 can't be used", "made-up sounds", "INSTEAD")) for c in ("3", "4"))])
+    *(("audio", c, "synthetic", "", ("data set can't be used", "made-up sounds", "INSTEAD")) for c in ("3", "4"))])
 def test_train_falls_back_to_stand_in_data_loudly(ready, half, code, stand_in, epochs, words):
     """3: no network, 4: no ffmpeg."""
     done = ready.run(f"{half}_gen/train.sh", "--seed", "2", EPOCHS="", PREPARE_EXITS=code, PREPARE_SAYS=TROUBLE)
