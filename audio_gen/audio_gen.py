@@ -271,14 +271,6 @@ class Family(nn.Module, abc.ABC):
         return {}
 
 
-class Row(NamedTuple):
-    """Of a table of metrics: what was made of some clips"""
-    name: str
-    mel: Tensor | None  # standardised log-mel [B M T]; None: that of the sound
-    sound: Tensor | None  # [B CLIP]
-    columns: dict[str, list] = {}  # figures that are known
-
-
 class SoundFamily(Family):
     """What regeneration and metrics know of a family beside: its files, and how a decoded clip becomes audible."""
     held_out_count = 64
@@ -3022,6 +3014,14 @@ def held_out(model: Family, data: Any, device: torch.device, count: int | None =
         for key, value in model.validate(batch).items():
             sums[key] = sums.get(key, 0.0) + value * len(batch[0])
     return {key: value / total for key, value in sums.items()}
+
+
+class Row(NamedTuple):
+    """Of a table of metrics: what was made of some clips"""
+    name: str
+    mel: Tensor | None  # standardised log-mel [B M T]; None: that of the sound
+    sound: Tensor | None  # [B CLIP]
+    columns: dict[str, list] = {}  # figures that are known
 
 
 @torch.no_grad()
