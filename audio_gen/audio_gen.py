@@ -4729,9 +4729,8 @@ class Command:
 
 def flags(mode: str, key: str, extra: type | None = None) -> dict[str, dataclasses.Field]:
     """What a mode and family can be told, name -> field; `extra` takes the place of the mode's own options."""
-    family = FAMILIES[key]
-    kinds = [RunOptions, *[TrainOptions] * (mode == "train"), family.data_options[mode], family.config_class,
-             extra or family.options[mode]]
+    kinds = [RunOptions, *[TrainOptions] * (mode == "train"), FAMILIES[key].data_options[mode],
+             FAMILIES[key].config_class, extra or FAMILIES[key].options[mode]]
     return {f.name: f for kind in kinds for f in dataclasses.fields(kind)
             if mode == "train" or f.metadata["group"] not in ("optimisation", "model")}
 
@@ -4811,14 +4810,12 @@ def find_checkpoint(first: dict[str, Any], keys: Sequence[str]) -> tuple[Path, d
     nothing can be downloaded); else what is shipped."""
     if "checkpoint" in first:
         return first["checkpoint"], load_checkpoint(first["checkpoint"])
-    resume = "resume" in first
-    dataset = {k: first.get("dataset") if "dataset" in flags("infer", k) else None for k in FAMILIES}  # None: any
-    shipped = next((p for k in keys if (p := SUBJECT.shipped(k, dataset[k])).exists() and not resume), None)
+    resume, asked = "resume" in first, {k: first.get("dataset") for k in FAMILIES if "dataset" in flags("infer", k)}
+    shipped = next((p for k in keys if (p := SUBJECT.shipped(k, asked.get(k))).exists() and not resume), None)
     trained = [path for k in keys for path in (HERE / "models").glob(FAMILIES[k].file_name(None))
                if ".previous" not in path.name]
     for path in sorted(trained, key=lambda path: path.stat().st_mtime, reverse=True):
-        state = load_checkpoint(path)
-        held, wanted = state["data"]["dataset"], dataset[state["family"]]
+        held, wanted = (state := load_checkpoint(path))["data"]["dataset"], asked.get(state["family"])
         if shipped and wanted is None and held in SUBJECT.stand_ins:
             say(f"{path} was trained on stand-in data ({state['data']['title']}): this takes the shipped weights, "
                 f"--checkpoint {path} takes that one")
@@ -4826,7 +4823,7 @@ def find_checkpoint(first: dict[str, Any], keys: Sequence[str]) -> tuple[Path, d
             say(f"this takes {path}" + f"; --checkpoint {shipped} takes the shipped weights" * bool(shipped))
             return path, state
     if shipped is None:
-        raise UserError(f"no {' or '.join(keys)} model for {dataset[keys[0]] or SUBJECT.dataset} to take: train one "
+        raise UserError(f"no {' or '.join(keys)} model for {asked.get(keys[0]) or SUBJECT.dataset} to take: train one "
                         "with --mode train, or name a file with --checkpoint")
     return shipped, load_checkpoint(shipped)
 
