@@ -1492,7 +1492,7 @@ SAMPLERS = {"ddim": sample_ddim, "dpm++": sample_dpm}
 
 @dataclass(frozen=True)
 class DiffusionConfig(RunConfig):
-    epochs: int = option(60, "optimisation", "passes over the training set", number(int, 1))
+    epochs: int = option(40, "optimisation", "passes over the training set", number(int, 1))
     learning_rate: float = option(2e-3, "optimisation", "peak rate of AdamW, for embeddings, norms, first and last "
                                   "layer", number(float, 0, open_low=True))
     muon_rate: float = option(0.02, "optimisation", "peak rate of Muon [Jordan24], for all other layers",
@@ -1503,10 +1503,10 @@ class DiffusionConfig(RunConfig):
     blocks: int = option(2, "model", "residual blocks per level, each way", number(int, 1, 16))
     label_dropout: float = option(0.1, "model", "share of labels that are hidden, for guidance", number(float, 0, 1))
     sampler: str = option("dpm++", "sampling", "ddim or dpm++ (2M)", choices=tuple(SAMPLERS))
-    steps: int = option(8, "sampling", "sampling steps, one evaluation each", number(int, 1, TIMESTEPS))
+    steps: int = option(10, "sampling", "sampling steps, one evaluation each", number(int, 1, TIMESTEPS))
     guidance: float = option(1.2, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none, other values "
                              "double the work", number(float, 0, 100))
-    temperature: float = option(0.95, "sampling", "factor of the starting noise", number(float, 0, 10))
+    temperature: float = option(1.0, "sampling", "factor of the starting noise", number(float, 0, 10))
     seed: int = option(0, "run", "sound i of a seed is always the same", number(int, 0, 2**63 - 1))
 
 
@@ -3240,7 +3240,7 @@ def classifier_net(path: Path, device: torch.device, data: DataInfo) -> FeatureN
 
 def find_feature_net(options: MeasureOptions, data: DataInfo, device: torch.device) -> tuple[FeatureNet | None, str]:
     """The classifier that was asked for, or one that fits the data; else None and the reason"""
-    usual = (SUBJECT.shipped("classifier", data.dataset), HERE / "models" / SoundClassifier.file_name(data))
+    usual = [HERE / folder / SoundClassifier.file_name(data) for folder in ("pretrained", "models")]
     for path in [options.classifier] if options.classifier else [path for path in usual if path.exists()]:
         return classifier_net(path, device, data), ""
     return None, f"no classifier for {data.title}: train one with --model classifier --dataset {data.dataset}"
