@@ -569,7 +569,6 @@ def masked_mean(values: Tensor, frames: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VaeConfig(MelConfig):
-    width: int = option(320, "model", "channels of the networks", number(int, 8, 4096))
     latent_dim: int = option(160, "model", "latent numbers per patch", number(int, 1, 65536))
     latent_frames: int = option(16, "model", "patches that a clip is cut into", int, choices=(16, 32, 64, 128, 256))
     beta: float = option(1.0, "model", "weight of the KL divergence; 1 is the evidence lower bound", number(float, 0))

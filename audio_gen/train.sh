@@ -8,8 +8,8 @@
 #   MODEL=diffusion ./train.sh     learn to say digits (16 MB of recordings) instead of giving music back
 #   NPROC=2 ./train.sh             data-parallel: as many processes on this machine, one per GPU
 #
-# When no data set is named and the usual one can't be downloaded, or ffmpeg is missing, made-up sounds (--dataset
-# synthetic) take its place, so that a first try always ends with a trained model; one that is named, by MUSDB too, never is.
+# When no data set is named and the usual one can't be downloaded, or ffmpeg is missing, made-up sounds (synthetic) take
+# its place, so that a first try always ends with a trained model; one that is named, by MUSDB too, never is replaced.
 set -euo pipefail
 here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source-path=SCRIPTDIR source=../env.sh

@@ -65,10 +65,10 @@ def trained(digits, tmp_path_factory) -> Path:
         patch.setattr(ag, "HERE", folder / "script")
         flags = ("--device", "cpu", "--data_root", digits, "--batch_size", "10", "--warmup_steps", "5")
         for name, more in {
-                "classifier": ("--model", "classifier", "--width", "8", "--features", "8", "--learning_rate", "4e-3",
-                               "--epochs", "12"),
-                "second": ("--model", "classifier", "--view", "cepstrum", "--width", "8", "--features", "8",
-                           "--learning_rate", "4e-3", "--epochs", "12"),
+                "classifier": ("--model", "classifier", "--width", "16", "--features", "16", "--learning_rate", "4e-3",
+                               "--epochs", "24"),
+                "second": ("--model", "classifier", "--view", "cepstrum", "--width", "16", "--features", "16",
+                           "--learning_rate", "4e-3", "--epochs", "24"),
                 "diffusion": ("--model", "diffusion", *TINY, "--epochs", "2", "--classifier", "classifier.pt")}.items():
             AUDIO.ok(*flags, *more, "--checkpoint", f"{name}.pt", "--results_dir", f"{name}_results")
     return folder
@@ -387,7 +387,7 @@ def test_evaluation_stands_between_floor_and_way_back(place, trained, digits):
                  "precision_spoken_digits_cnn", "recall_spoken_digits_cnn", "label_agreement", "class_share_min"):
         assert {"value", "floor", "way_back", "n", "feature_net_sha256"} <= metrics[name].keys(), name
         assert metrics[name]["n"] == 40
-    assert metrics["label_agreement"]["floor"] > 0.8 < metrics["label_agreement_second"]["floor"]
+    assert metrics["label_agreement"]["floor"] > 0.8 and metrics["label_agreement_second"]["floor"] > 0.5  # chance: 0.1
     assert metrics["fd_spoken_digits_cnn"]["value"] > 2 * metrics["fd_spoken_digits_cnn"]["floor"]  # hardly trained
     assert metrics["near_copies"]["floor"] == pytest.approx(0.025, abs=0.026)
     assert report["network_evaluations"] == 4 and report["seconds_per_second_of_sound"] > 0
@@ -401,7 +401,7 @@ def test_checkpoint_of_another_dataset_and_classifier_of_other_sounds_are_refuse
     other = digits_folder(tmp_path / "other", range(3))
     flags = ("--mode", "evaluate", "--results_dir", "results", "--checkpoint", trained / "diffusion.pt")
     assert_error(AUDIO.call(*flags, "--data_root", other), 2, "was trained on", "--data_root")
-    AUDIO.ok("--model", "classifier", "--data_root", other, "--width", "8", "--features", "8", "--epochs", "1",
+    AUDIO.ok("--model", "classifier", "--data_root", other, "--width", "16", "--features", "16", "--epochs", "1",
              "--checkpoint", "three.pt", "--results_dir", "three")
     assert_error(AUDIO.call(*flags, "--classifier", "three.pt"), 1, "trained with classes", "--classifier")
 

@@ -193,7 +193,8 @@ def test_train_prepares_then_trains(ready, half):
     done = ready.run(f"{half}_gen/train.sh", "--seed", "3", BATCH_SIZE="32", PREPARE_SAYS="a note\n")
     assert (done.returncode, done.stderr) == (0, "a note\n")
     assert [call["argv"] for call in ready.calls()] == [
-        ["--mode", "train", *more, "--seed", "3"] for more in (["--prepare_data", "--dataset", DATA[half]], [])]
+        ["--mode", "train", *more, "--seed", "3"] for more in (
+            ["--prepare_data", *["--dataset", "mnist"] * (half == "image")], [])]
     assert all(call["env"]["FLAGS_FROM_ENVIRONMENT"] == "1" for call in ready.calls())
 
 
