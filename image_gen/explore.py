@@ -69,6 +69,15 @@ class TraverseOptions(HeldOutOptions):
     frames: int = ig.option(13, "looking", "pictures from -3 to 3 standard deviations", ig.number(int, 2, 100))
 
 
+FITS = ("none", "mnist")
+
+
+@dataclass(frozen=True)
+class InspectOptions(HeldOutOptions):
+    fit: str = ig.option("none", "looking", "how --input is prepared; mnist: white on black, 20 of 28 pixels large, "
+                         "the centre of mass in the middle", choices=FITS)
+
+
 @dataclass(frozen=True)
 class DenoiseOptions:
     num_samples: int = ig.option(3, "looking", "images, of which every step is kept", ig.number(int, 1, 100))
@@ -252,6 +261,13 @@ class Scene:
         share, best = self.net(images).logits.softmax(1).max(1)
         return [self.model.data.classes[k] for k in best], share
 
+    @functools.cached_property
+    def familiar(self) -> tuple[Tensor, Tensor]:
+        """Of 2,000 test images the negative ELBO, and the mean KL of each dimension of the code."""
+        test = self.images.test[ig.some_rows(self.images.test, 2000)]
+        figures = bits_and_errors(self, test)
+        return figures["reconstruction_nats"] + figures["kl_nats"], kl_by_dimension(*self.codes(test))
+
     def write(self, report: dict[str, Any]) -> Path:
         path, checkpoint = self.results / f"{self.task}.json", self.command.path
         ig.write_json(path, {"task": self.task, "model": ig.family_name(type(self.model)),
@@ -424,6 +440,72 @@ def traverse(scene: Scene) -> dict[str, Any]:
     return {"image": names[0], "values": values.tolist(), "kl_images": len(test), "dead_below_nats": DEAD, "dead": dead,
             "dimensions": [{"dimension": d, "kl_nats": kl[d].item(), "code": code[d].item(), "change_levels": spans[d]}
                            for d in order.tolist()]}
+
+
+# === inspect ===
+
+
+def fitted(path: Path, size: int, target: Path, fit: str = FITS[1]) -> Path:
+    """A picture as large and as central as MNIST's digits are, light ink on black, in `target`; or `path` as it is."""
+    from PIL import Image, ImageOps
+    if fit == "none":
+        return path
+    image = ig.open_image(path).convert("L")
+    edges = np.concatenate([side.ravel() for side in (np.asarray(image)[[0, -1]], np.asarray(image)[:, [0, -1]])])
+    image = ImageOps.invert(image) if edges.mean() > 127 else image
+    ink = image.point(lambda level: 255 * (level > 96)).getbbox()
+    if ink is None:
+        raise ig.UserError(f"{path.name} shows nothing: draw something, or take it as it is with --fit none")
+    digit = ImageOps.contain(image.crop(ink), [round(size * 20 / 28)] * 2, Image.Resampling.LANCZOS)
+    levels, canvas = np.asarray(digit, dtype=float), Image.new("L", (size, size))
+    canvas.paste(digit, tuple(min(max(round(size / 2 - 0.5 - line @ np.arange(length) / line.sum()), 0), size - length)
+                              for line, length in zip((levels.sum(0), levels.sum(1)), digit.size, strict=True)))
+    with ig.replacing(target) as part:
+        canvas.save(part, format="PNG")
+    return target
+
+
+def nearest_images(images: Tensor, train: Tensor, count: int) -> tuple[list[list[float]], list[list[int]]]:
+    """The `count` training images nearest to each image, uint8 [N C H W]: Euclidean distances of pixels (levels
+    0..255), nearest first, and their numbers."""
+    rows, distances = images.flatten(1).float(), []
+    for columns in train.flatten(1).split(10_000):  # all of MNIST as floats would be 188 MB
+        distances.append(torch.cdist(rows, columns.float()))
+    nearest = torch.cat(distances, 1).topk(min(count, len(train)), largest=False)
+    return nearest.values.tolist(), nearest.indices.tolist()
+
+
+def inspect(scene: Scene) -> dict[str, Any]:
+    """All that a VAE can say of one image: its ELBO and how many real test images have a better one, what comes back
+    from its code, the classifier's probabilities, the nearest training images. Without the dataset, a part of it."""
+    images, names = scene.inputs(1, 1, 1)
+    if scene.options.input is not None:
+        path, size = scene.options.input[0], scene.model.data.image_size
+        images = ig.own_images([fitted(path, size, scene.results / "inspect_fitted.png", scene.options.fit)],
+                               scene.model.data)
+    (mean, log_variance), figures = scene.codes(images), bits_and_errors(scene, images)
+    elbo = -(figures["reconstruction_nats"] + figures["kl_nats"]).item()
+    rows, titles, reasons = [images, scene.decode(mean)], ["seen by the model", "back from its code"], []
+    kl, unlike, nearest = kl_by_dimension(mean, log_variance), None, []
+    try:
+        known, kl = scene.familiar
+        unlike = 100 * (known < -elbo).float().mean().item()
+        train, classes = scene.images, scene.model.data.classes
+        distances, numbers = nearest_images(images, train.train, 8)
+        rows, titles = [*rows, train.train[numbers[0]]], [*titles, "nearest for training"]
+        nearest = [{"class": classes[train.train_labels[n]], "distance": d} for n, d in zip(numbers[0], distances[0])]
+    except ig.UserError as error:
+        reasons.append(f"not compared with real images: {error}")
+    shares = scene.net(images).logits.softmax(1)[0].tolist() if scene.net else []
+    reasons += [] if shares else ["no probabilities: there is no classifier of this dataset"]
+    sheet(rows, scene.results / "inspect.png", scene.title(names[0][:40]), titles)
+    ig.say(f"ELBO {elbo:.1f} nats" + ("" if unlike is None else f", more unlike the training data than {unlike:.1f} % "
+                                      "of real test images"))
+    return {"image": names[0], "elbo_nats": elbo, "kl_nats": figures["kl_nats"].item(), "unlike_percent": unlike,
+            "psnr_db": decibels(figures["mse"]).item(), "nearest": nearest, "reasons": reasons,
+            "classes": dict(zip(scene.model.data.classes, shares, strict=True)) if shares else None,
+            "dimensions": [{"dimension": d, "kl_nats": kl[d].item(), "code": mean[0, d].item()}
+                           for d in kl.argsort(descending=True).tolist()]}
 
 
 # === denoise ===
@@ -942,7 +1024,8 @@ TASKS = {  # what to do, with which families, told by which flags
     "interpolate": (interpolate, DRAWING, InterpolateOptions),
     "reconstruct": (reconstruct, ENCODING, ReconstructOptions),
     "traverse": (traverse, ENCODING, TraverseOptions), "denoise": (denoise, DENOISING, DenoiseOptions),
-    "ood": (ood, ENCODING, OodOptions), "latent": (latent, ENCODING, LatentOptions),
+    "inspect": (inspect, ENCODING, InspectOptions), "ood": (ood, ENCODING, OodOptions),
+    "latent": (latent, ENCODING, LatentOptions),
 }
 
 

@@ -2231,7 +2231,7 @@ class ImageSubject:
     unit, log_every = "image", 25
     shown = ("val_",)
     outputs = ("metrics.jsonl", "training_loss.png", "final_samples.png", "epoch_comparisons", "evaluation.json", *(
-        f"{task}.{kind}" for task in ("reconstruct", "interpolate", "traverse", "denoise", "ood", "latent")
+        f"{task}.{kind}" for task in ("reconstruct", "interpolate", "traverse", "inspect", "denoise", "ood", "latent")
         for kind in ("png", "gif", "json")))
 
     def shipped(self, key: str, dataset: str | None = None) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHELL_FILES = sorted([*ROOT.glob("*.sh"), *ROOT.glob("*_gen/*.sh"), ROOT / ".ci" / "run"])
+SHELL_FILES = sorted([*ROOT.glob("*.sh"), *ROOT.glob("*_gen/*.sh"), *ROOT.glob("studio/*.sh"), ROOT / ".ci" / "run"])
 BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)  # of which the tests' own environment was made
 SOURCE = ("bash", "-c", 'set -euo pipefail; source ./env.sh; printf "%s" "$PYTHON"')
 DATA = {"image": "mnist", "audio": "musdb"}
@@ -60,13 +60,14 @@ class Project:
 
     def __init__(self, tmp: Path, template: Path) -> None:
         self.root, self.bin, self.calls_file, self.template = tmp / "my project", tmp / "bin", tmp / "calls", template
-        for path in [*SHELL_FILES, ROOT / "requirements.txt", ROOT / "requirements-dev.txt"]:
+        for path in [*SHELL_FILES, *ROOT.glob("requirements*.txt")]:
             target = self.root / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target)
         for half in DATA:
             (self.root / f"{half}_gen" / f"{half}_gen.py").write_text(RECORDER.format(role="script"))
             (self.root / f"{half}_gen" / "explore.py").write_text(RECORDER.format(role="explore"))
+        (self.root / "studio" / "studio.py").write_text(RECORDER.format(role="studio"))
         self.bin.mkdir()  # of the user's python3 only `-m venv` is replaced: a real pip would take seconds
         executable(self.bin / "python3", '#!/bin/sh\n[ "$1 $2" != "-m venv" ] || exec cp -RP '
                    f'"{template}/." "$3"\nexec "{BASE_PYTHON}" "$@"\n')
@@ -77,7 +78,7 @@ class Project:
     def venv(self, stamped: bool = True, lent: bool = False) -> Path:
         """An environment as env.sh would have left it -> its packages; `lent`: with those of the tests' own instead."""
         shutil.copytree(self.template, self.root / ".venv", symlinks=True)
-        for name in ("requirements.txt", "requirements-dev.txt") if stamped else ():
+        for name in ("requirements.txt", "requirements-dev.txt", "requirements-studio.txt") if stamped else ():
             shutil.copy(self.root / name, self.root / ".venv" / f".installed-{name}")
         (site,) = self.root.glob(".venv/lib/python*/site-packages")
         if lent:
@@ -163,6 +164,15 @@ def test_infer_starts_the_script_or_explore(ready, half):
         (call,) = ready.called(f"{half}_gen/infer.sh", "--label", "out put/*", INPUT="a b.wav", TASK=task)
         assert (call["role"], call["argv"]) == (role, [*first, "--label", "out put/*"])
         assert (call["env"]["FLAGS_FROM_ENVIRONMENT"], call["env"]["INPUT"]) == ("1", "a b.wav")
+
+
+def test_studio_installs_gradio_once_and_says_its_size(ready):
+    (ready.root / ".venv" / ".installed-requirements-studio.txt").unlink()
+    first = ready.run("studio/studio.sh", "--port", "8000", STUDIO_HOST="127.0.0.1")
+    assert "gradio, once: 0." in first.stderr and "GB" in first.stderr
+    assert [call["role"] for call in ready.calls()] == ["probe", "pip", "studio"]
+    (call,) = ready.called("studio/studio.sh", "--port", "8000")
+    assert (call["role"], call["argv"]) == ("studio", ["--port", "8000"])
 
 
 @both_halves
@@ -344,11 +354,12 @@ def test_ci_runs_all_checks_and_reports_each_failure(fresh, tmp_path, failing):
     for tool in ("ruff", "shellcheck"):
         (tmp_path / tool).write_text(RECORDER.format(role=tool))
         executable(fresh.root / ".venv/bin" / tool, f'#!/bin/sh\nexec "{BASE_PYTHON}" "{tmp_path / tool}" "$@"\n')
+    executable(fresh.bin / "apt-get", "#!/bin/sh\nexit 1\n")  # a test installs nothing
     done = fresh.run(fresh.root / ".ci" / "run", cwd=tmp_path, **{f"{failing.upper()}_EXITS": "1"})
     said = f"error: failed: {failing.replace('pytest', 'tests')}\n" if failing else ""
     assert done.returncode == bool(said) and done.stderr.endswith(said)
     assert [call["argv"][-1] for call in fresh.calls("pip")] == \
-        [str(fresh.root / name) for name in ("requirements.txt", "requirements-dev.txt")]
+        [str(fresh.root / name) for name in ("requirements.txt", "requirements-dev.txt", "requirements-studio.txt")]
     tests, _, shellcheck = fresh.calls("pytest", "ruff", "shellcheck")
     assert Path(tests["cwd"]).samefile(fresh.root) and tests["env"]["https_proxy"].startswith("http://127.0.0.1:")
     assert {Path(name).name for name in shellcheck["argv"]} >= {path.name for path in SHELL_FILES}
