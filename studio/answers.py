@@ -279,12 +279,11 @@ def uploaded(payload: Any, folder: Path, name: str = "drawing.png") -> Path:
     nothing = ig.UserError("nothing was given: draw or choose something first", 2)
     if not payload or not isinstance(payload, str):
         raise nothing
-    if payload.startswith("data:"):
-        try:
-            (folder / name).write_bytes(base64.b64decode(payload.partition(",")[2], validate=True))
-        except ValueError:
-            raise nothing from None
-        return folder / name
+    head, _, drawing = payload.partition(",")
+    if head.startswith("data:") and drawing:
+        with contextlib.suppress(ValueError):
+            (folder / name).write_bytes(base64.b64decode(drawing, validate=True))
+            return folder / name
     path = Path(os.path.realpath(payload[:4096]))
     if not path.is_relative_to(SCRATCH):
         raise nothing
