@@ -160,7 +160,7 @@ def look_page() -> None:
 
 
 def sound_page() -> None:
-    names = an.weights(ag, lambda family: family is not ag.FAMILIES.get("diffusion"))
+    names = an.weights(ag, lambda family: issubclass(family, ag.SoundFamily))
     with tab("Sound", names, "audio_gen/pretrained and audio_gen/models are empty: audio_gen/train.sh trains a model"):
         left, right = columns()
         with right:
@@ -171,8 +171,8 @@ def sound_page() -> None:
             sound = plain(gr.Audio(type="filepath", label="Sound", sources=["upload", "microphone"]))
             gr.Examples([str(path) for path in sorted((ag.HERE / "examples").glob("*.flac"))], sound,
                         label="Or take an example", api_visibility="private")
-            model = choice(sorted(names, key=lambda name: name != CODEC), "The codec makes a small file; the others "
-                           "keep a few numbers and guess the phase.")
+            model = choice(sorted(names, key=lambda name: name != CODEC), "The codec keeps the waveform; the others "
+                           "make much smaller files and guess the phase.")
             rate = plain(gr.Slider(12, 192, 64, step=4, label="Bitrate", info="Codec: kbit/s of the small file."))
             runs("Give it back", an.regenerate, [sound, model, rate], [told, *players, spectra, small], "regenerate")
             runs("Only make the small file", an.encode, [sound, rate], [told, small], "encode")
@@ -189,7 +189,7 @@ def speak_page() -> None:
             inputs = [plain(gr.Textbox("7", label="Digits", info="What is said, such as 4,2.")),
                       number(0, "Seed", "Another seed, another take."),
                       number(None, "Guidance", "Higher: clearer and less varied. Empty: as trained.", None)]
-            runs("Speak", an.speak, inputs, outputs, "speak")
+            runs("Say it", an.speak, inputs, outputs, "speak")
 
 
 def compare_page() -> None:
