@@ -284,7 +284,7 @@ def uploaded(payload: Any, folder: Path, name: str = "drawing.png") -> Path:
         with contextlib.suppress(ValueError):
             (folder / name).write_bytes(base64.b64decode(drawing, validate=True))
             return folder / name
-    path = Path(os.path.realpath(payload[:4096]))
+    path = Path(os.path.realpath(payload[:4096].replace("\0", "")))
     if not path.is_relative_to(SCRATCH):
         raise nothing
     return path

@@ -426,7 +426,7 @@ class Page:
         self.page.get_by_role("tab", name=name, exact=True).click()
 
     def press(self, name: str) -> None:
-        self.page.locator("button:visible").get_by_text(name, exact=True).click()
+        self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first.click()
 
     def told(self, words: str) -> None:
         """Until a note holds these words."""
