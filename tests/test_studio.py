@@ -245,8 +245,8 @@ def test_models_lists_what_there_is(studio):
 
 def test_speak_gives_the_bytes_of_the_command_line(studio, tmp_path):
     note, sound, strip = studio.call("speak", digits="4,2", seed=3)
-    cli = line_of_command("audio_gen", tmp_path, "--checkpoint", SHIPPED / "audio_diffusion_spoken_digits.pt", "--label",
-                          "4,2", "--seed", 3)
+    weights = SHIPPED / "audio_diffusion_spoken_digits.pt"
+    cli = line_of_command("audio_gen", tmp_path, "--checkpoint", weights, "--label", "4,2", "--seed", 3)
     assert studio.bytes_of(sound) == (cli / "drawn_in_a_row.wav").read_bytes() and "for a second of sound" in note
     assert studio.bytes_of(strip) == (cli / "drawn_sounds.png").read_bytes()
     assert studio.error("speak", digits="eleven").startswith("--label eleven: the classes are zero, one")
