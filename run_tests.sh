@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests; arguments go to pytest, e.g. ./run_tests.sh -k resume. First run: sets up (env.sh).
 #
+#   TEST_PROCESSES           how many run the tests (default: 2; 0: one, which also lets --pdb work)
 #   MNIST_ROOT, MUSDB_ROOT   folders with the real data sets, for the tests marked real_data (skipped without them)
 set -euo pipefail
 here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -17,4 +18,5 @@ export MPLBACKEND=Agg PYTHONHASHSEED=0
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-2}"
 
 cd "$here"
-exec "$PYTHON" -m pytest "$@"
+# Two processes, each with whole files: what a file's tests prepare is prepared once.
+exec "$PYTHON" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"

@@ -12,16 +12,28 @@ Sound is mono at 16 kHz, float in [-1, 1], but for the codec's files; a clip has
 
 References
     [Balle18]    Balle, Minnen, Singh, Hwang, Johnston: Variational Image Compression with a Scale Hyperprior, 2018
+    [Bink18]     Binkowski et al.: Demystifying MMD GANs (kernel distance), 2018
+    [Esser24]    Esser et al.: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024
     [Gray76]     Gray, Markel: Distance Measures for Speech Processing (log-spectral distance), 1976
     [Griffin84]  Griffin, Lim: Signal Estimation from Modified Short-Time Fourier Transform, 1984
     [He16]       He, Zhang, Ren, Sun: Identity Mappings in Deep Residual Networks, 2016
+    [Heusel17]   Heusel et al.: GANs Trained by a Two Time-Scale Update Rule (Frechet distance), 2017
+    [Ho20]       Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, 2020
+    [HoSal22]    Ho, Salimans: Classifier-Free Diffusion Guidance, 2022
+    [Jordan24]   Jordan et al.: Muon: An Optimizer for Hidden Layers in Neural Networks, 2024
+    [Karras22]   Karras, Aittala, Aila, Laine: Elucidating the Design Space of Diffusion-Based Generative Models, 2022
     [Kingma14]   Kingma, Welling: Auto-Encoding Variational Bayes, 2014
+    [Kynk19]     Kynkaanniemi et al.: Improved Precision and Recall Metric for Assessing Generative Models, 2019
     [Lee01]      Lee, Seung: Algorithms for Non-negative Matrix Factorization, 2001
     [LeRoux19]   Le Roux, Wisdom, Erdogan, Hershey: SDR - Half-baked or Well Done?, 2019
+    [Lipman23]   Lipman et al.: Flow Matching for Generative Modeling, 2023
+    [Lu22]       Lu et al.: DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models, 2022
     [Perraudin13] Perraudin, Balazs, Sondergaard: A Fast Griffin-Lim Algorithm, 2013
     [Princen87]  Princen, Johnson, Bradley: Subband/Transform Coding Based on Time Domain Aliasing Cancellation, 1987
     [Rafii17]    Rafii, Liutkus, Stoeter, Mimilakis, Bittner: The MUSDB18 Corpus for Music Separation, 2017
     [Rybkin21]   Rybkin, Daniilidis, Levine: Simple and Effective VAE Training with Calibrated Decoders, 2021
+    [Salim16]    Salimans et al.: Improved Techniques for Training GANs (Inception Score), 2016
+    [Song21]     Song, Meng, Ermon: Denoising Diffusion Implicit Models, 2021
     [Taal11]     Taal, Hendriks, Heusdens, Jensen: An Algorithm for Intelligibility Prediction (STOI), 2011
     [Tran03]     Tran, Liang, Tu: Lapped Transform via Time-Domain Pre- and Post-Filtering, 2003
     [Vincent06]  Vincent, Gribonval, Fevotte: Performance Measurement in Blind Audio Source Separation, 2006
@@ -47,10 +59,12 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -96,7 +110,7 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
         except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n' * (kind is int)} {kind.__name__}") from None
         if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
-            limit = f"{'above' if open_low else 'at least'} {low:g}" + f" and at most {high:g}" * (high < math.inf)
+            limit = f"{'above' if open_low else 'at least'} {low:g}" + f" and at most {high:,.12g}" * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text} is out of range: must be {limit}")
         return value
 
@@ -134,6 +148,9 @@ class DataInfo:
     tracks: dict[str, int]  # of each split
     seconds: dict[str, float]
     digest: str
+    frames: int = 0  # of a picture of a short sound, with its classes and how many sounds of each train
+    classes: list[str] = field(default_factory=list)
+    class_counts: list[int] = field(default_factory=list)
 
 
 class Batch(NamedTuple):
@@ -170,8 +187,7 @@ class Draw:
 @dataclass(frozen=True)
 class RunConfig:
     """Options that every family has."""
-    epochs: int = option(30, "optimisation", "passes over the training set, of --crops crops each", number(int, 1))
-    crops: int = option(1024, "optimisation", "random 5.12 s crops that make one epoch", number(int, 1, 1e9))
+    epochs: int = option(30, "optimisation", "passes over the training set", number(int, 1))
     batch_size: int = option(32, "optimisation", "clips per step, over all processes", number(int, 1, 1e6))
     learning_rate: float = option(1e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
     weight_decay: float = option(0.01, "optimisation", "weight decay of AdamW", number(float, 0))
@@ -179,9 +195,7 @@ class RunConfig:
     ema_decay: float = option(0.998, "optimisation", "decay of the averaged weights", number(float, 0, 1))
     grad_clip: float = option(1.0, "optimisation", "largest norm of a gradient", number(float, 0, open_low=True))
     save_every: int = option(200, "optimisation", "steps between checkpoints inside an epoch", number(int, 1))
-    speed: float = option(0.4, "optimisation", "octaves by which crops are sped up or down", number(float, 0, 1))
     seed: int = option(0, "optimisation", "of everything random", number(int, 0, 2**63 - 1))
-    n_mels: int = option(128, "model", "mel bins, of the model and of the metrics on them", number(int, 8, 513))
 
     def rate(self, step: int, total: int) -> float:
         """Linear warm-up, then half a cosine down to zero at the end of the last epoch."""
@@ -189,11 +203,22 @@ class RunConfig:
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
 
 
+@dataclass(frozen=True)
+class CropConfig(RunConfig):
+    """Options of the families that learn from crops of longer tracks."""
+    epochs: int = option(30, "optimisation", "passes over the training set, of --crops crops each", number(int, 1))
+    crops: int = option(1024, "optimisation", "random 5.12 s crops that make one epoch", number(int, 1, 1e9))
+    speed: float = option(0.4, "optimisation", "octaves by which crops are sped up or down", number(float, 0, 1))
+    n_mels: int = option(128, "model", "mel bins, of the model and of the metrics on them", number(int, 8, 513))
+
+
 class Family(nn.Module, abc.ABC):
     """What the machine room knows of a model; nothing else asks what it is. `config_class` is the frozen dataclass of a
     family's options, `options` names the dataclass of what each mode can be told beside."""
     config_class: type
     options: dict[str, type]
+    data_options: dict[str, type]  # the same of its data
+    remembered: tuple[str, ...] = ()  # of these, what a look at a trained model takes from its run
     results_folder = ""  # below results/
     can_sample = True  # whether it is what --mode infer and evaluate take unless told otherwise
     descends = True  # whether the loss is to fall: if so, one that explodes stops the run
@@ -247,12 +272,8 @@ class Family(nn.Module, abc.ABC):
 
 
 class SoundFamily(Family):
-    """What regeneration and metrics know of a family beside: how a decoded clip becomes audible."""
+    """What regeneration and metrics know of a family beside: its files, and how a decoded clip becomes audible."""
     held_out_count = 64
-    phases: tuple[str, ...] = ("griffinlim", "original")  # ways to make a decoded clip audible, see `to_audio`
-    per_frame = 1  # elements of a decoded clip's last axis per frame
-    margin = 0  # frames at either end of a clip that it decodes worse than the others
-    whole_clips = False  # whether a code is as long for a part of a clip as for all of it
     can_interpolate = True
     actions: dict[str, Callable[[Command, World], int]]  # what --mode infer and evaluate do
 
@@ -265,30 +286,31 @@ class SoundFamily(Family):
 
     @abc.abstractmethod
     def rate_text(self) -> str:
-        """What its description of a sound weighs, for titles"""
+        """What its files weigh, for titles"""
 
     @abc.abstractmethod
-    def encode(self, audio: Tensor, frames: Tensor | None = None) -> Any:
-        """Waveform [B CLIP], of which `frames` [B] hold sound (default: all) -> latent numbers [B ...]"""
+    def coder(self) -> SymbolCoder:
+        """What writes and reads its files"""
 
     @abc.abstractmethod
-    def decode(self, latent: Any) -> Tensor:
-        """Latent numbers -> a decoded clip [B R FRAMES * per_frame]: standardised log-mel, or waveform"""
+    def regenerate(self, audio: Tensor) -> Tensor:
+        """Waveform [L] of any length -> what the model makes of it, [L]"""
 
-    def render(self, decoded: Tensor, phase: str, original: Tensor | None = None) -> Tensor:
-        """A decoded clip [B R ...] -> waveform [B L]; `original` [B L] lends its phase to phase="original"."""
-        log_mel = self.preprocessor.unstandardise(decoded)
-        return to_audio(self.preprocessor, log_mel, decoded.shape[-1] * HOP, phase, original)
+    @abc.abstractmethod
+    def rows(self, audio: Tensor, frames: Tensor) -> Iterator[Row]:
+        """What it makes of clips [B CLIP], of which `frames` [B] hold sound"""
 
-    def baselines(self, _audio: Tensor, _frames: Tensor) -> dict[str, Tensor]:
-        """What codecs without a network make of the clips with the same count of numbers, in decoded form."""
-        return {}
+    def measure(self, tracks: Sequence[Track], count: int) -> tuple[dict[str, Any], dict[str, int]]:
+        """All figures of a test set -> rows of the table, how many of what they are measured on"""
+        clips = fixed_clips(tracks, count)
+        return measure_rows(self, clips, "measuring"), {
+            "clips": len(clips), "tracks": len({track.name for track, _ in clips})}
 
 
 # === autoencoder ===
 
 @dataclass(frozen=True)
-class MelConfig(RunConfig):
+class MelConfig(CropConfig):
     width: int = option(96, "model", "channels of the networks", number(int, 8, 4096))
 
 
@@ -302,7 +324,9 @@ class MelFamily(SoundFamily):
     [Tran03], their principal components, and a cosine transform of each component over the clip; of all these `numbers`
     are kept, those that vary most. It is orthogonal, training leaves it alone, and by itself it is the codec that the
     networks have to beat: one before and one behind it add something to the components, at first nothing."""
-    whole_clips = True
+    margin = 0  # frames at either end of a clip that it decodes worse than the others
+    WIDER = 0  # quarters of an octave by which the numbers that it keeps are larger than those of the training set
+    ROUNDING = 0.02  # error that a file's steps are to make, as a share of that of the linear code: 1 % of the model's
 
     def __init__(self, config: Any, data: DataInfo, numbers: int, frames: int) -> None:
         super().__init__(config, data)
@@ -359,14 +383,30 @@ class MelFamily(SoundFamily):
         """All numbers [B frames * C] -> those that are kept [B Z]"""
         return spectrum[:, self.chosen]
 
+    def places(self) -> Tensor:
+        """[S K]: where in the linear code the K numbers of a code stand, for each of the sets there are"""
+        return self.chosen[None]
+
+    def set_of(self, codes: Tensor) -> Tensor:
+        """[B Z] -> which set each belongs to [B]"""
+        return codes.new_zeros(len(codes), dtype=torch.long)
+
     def place(self, codes: Tensor) -> Tensor:
-        """Back again, with zeros for the others"""
-        return codes.new_zeros(len(codes), self.spread.numel()).index_copy(1, self.chosen, codes)
+        """Back to all numbers of the linear code, with zeros for those that were not kept"""
+        places = self.places()[self.set_of(codes)]
+        return codes.new_zeros(len(codes), self.spread.numel()).scatter(1, places, codes[:, :places.shape[1]])
+
+    def missed(self) -> Tensor:
+        """What the linear code leaves out of a clip: squared error, in all"""
+        return self.spread.square().sum() - self.spread.flatten()[self.chosen].square().sum()
+
+    def coder(self) -> LatentCoder:
+        return LatentCoder(self)
 
     def rate_text(self) -> str:
-        return f"{numbers_per_second(self):.4g} numbers/s of a clip"
+        return f"about {self.coder().expected_rate():.2g} kbit/s, phase by Griffin-Lim"
 
-    def encode(self, audio: Tensor, frames: Tensor | None = None) -> Tensor:
+    def encode(self, audio: Tensor) -> Tensor:
         """Waveform [B CLIP] -> [B Z]; of a VAE the mean of the posterior"""
         return self.pick(self.to_spectrum(self.log_mel(audio)))
 
@@ -374,10 +414,27 @@ class MelFamily(SoundFamily):
         """[B Z] -> standardised log-mel [B M T]"""
         return self.from_spectrum(self.place(latent))
 
-    def baselines(self, audio: Tensor, frames: Tensor) -> dict[str, Tensor]:
-        """The linear code alone: the principal components that vary most"""
-        codes = MelFamily.pick(self, self.to_spectrum(self.log_mel(audio), network=False))
-        return {"pca": self.from_spectrum(MelFamily.place(self, codes), network=False)}
+    def render(self, decoded: Tensor, phase: str = "griffinlim", original: Tensor | None = None) -> Tensor:
+        """Standardised log-mel [B M T] -> waveform [B T * HOP], see `to_audio`"""
+        log_mel = self.preprocessor.unstandardise(decoded)
+        return to_audio(self.preprocessor, log_mel, decoded.shape[-1] * HOP, phase, original)
+
+    @torch.no_grad()
+    def regenerate(self, audio: Tensor) -> Tensor:
+        decoded = joined(self, (self.decode(self.encode(clips)) for clips in clips_of(self, audio)), len(audio))
+        return render_long(self, decoded)[:len(audio)]
+
+    def rows(self, audio: Tensor, frames: Tensor) -> Iterator[Row]:
+        """The model, and the linear code alone: the principal components that vary most. Both as files hold them."""
+        coder, codes, linear = self.coder(), self.encode(audio), self.to_spectrum(self.log_mel(audio), network=False)
+        spectrum, rate = coder.through(self.place(codes), self.set_of(codes), frames)
+        decoded = self.from_spectrum(spectrum)
+        yield Row("model_mel", decoded, None, rate)
+        for phase in PHASES:
+            yield Row(f"model_{phase}", None, self.render(decoded, phase, audio))
+        coder.places = self.chosen[None].cpu()
+        spectrum, rate = coder.through(linear, torch.zeros_like(frames), frames)
+        yield Row("without_network_pca", self.from_spectrum(spectrum, network=False), None, rate)
 
     @torch.no_grad()
     def prepare(self, data: Any, device: torch.device) -> Tensor:
@@ -411,6 +468,7 @@ class AudioAutoencoder(MelFamily):
     margin = 16
     can_sample = False
     SETS = 64
+    WIDER = 2  # as a clip takes the set that keeps most
 
     def __init__(self, config: AutoencoderConfig, data: DataInfo) -> None:
         super().__init__(config, data, config.latent_dim, 16)
@@ -421,9 +479,11 @@ class AudioAutoencoder(MelFamily):
         index = self.kept((spectrum.detach() * self.spread.flatten()).square(), self.sets).argmax(1)
         return torch.cat([spectrum.gather(1, self.sets[index]), index[:, None].to(spectrum)], 1)
 
-    def place(self, codes: Tensor) -> Tensor:
-        chosen = self.sets[codes[:, -1].round().long() % self.SETS]
-        return codes.new_zeros(len(codes), self.spread.numel()).scatter(1, chosen, codes[:, :-1])
+    def places(self) -> Tensor:
+        return self.sets
+
+    def set_of(self, codes: Tensor) -> Tensor:
+        return codes[:, -1].round().long() % self.SETS
 
     @staticmethod
     def kept(energies: Tensor, sets: Tensor) -> Tensor:
@@ -479,7 +539,7 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-class ResidualBlock(nn.Module):
+class PatchBlock(nn.Module):
     """norm, each patch with its neighbours, SiLU, linear, around a shortcut [He16]; [B frames width] stays"""
 
     def __init__(self, width: int) -> None:
@@ -494,7 +554,7 @@ class ResidualBlock(nn.Module):
 
 def residual_stack(components: int, width: int, blocks: int) -> nn.Sequential:
     """What a network adds to the components of each patch, [B frames C] -> [B frames C]"""
-    return nn.Sequential(nn.Linear(components, width), *[ResidualBlock(width) for _ in range(blocks)],
+    return nn.Sequential(nn.Linear(components, width), *[PatchBlock(width) for _ in range(blocks)],
                          nn.LayerNorm(width), zeroed(nn.Linear(width, components)))
 
 
@@ -509,7 +569,6 @@ def masked_mean(values: Tensor, frames: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VaeConfig(MelConfig):
-    width: int = option(320, "model", "channels of the networks", number(int, 8, 4096))
     latent_dim: int = option(160, "model", "latent numbers per patch", number(int, 1, 65536))
     latent_frames: int = option(16, "model", "patches that a clip is cut into", int, choices=(16, 32, 64, 128, 256))
     beta: float = option(1.0, "model", "weight of the KL divergence; 1 is the evidence lower bound", number(float, 0))
@@ -531,8 +590,7 @@ class AudioVAE(MelFamily):
     def prepare(self, data: Any, device: torch.device) -> None:
         """Begin with what is the best posterior of a linear code, whose variance is the same for all x."""
         super().prepare(data, device)
-        total, kept = self.spread.square().sum(), self.spread.flatten()[self.chosen].square()
-        missed = (total - kept.sum()) / (FRAMES * self.config.n_mels)  # error per mel bin
+        kept, missed = self.spread.flatten()[self.chosen].square(), self.missed() / (FRAMES * self.config.n_mels)
         self.log_variance.copy_((missed / (missed + kept)).clamp(min=1e-6).log())
 
     def posterior(self, mel: Tensor) -> tuple[Tensor, Tensor]:
@@ -565,21 +623,6 @@ class AudioVAE(MelFamily):
         return self.decode(noise.normal(self.chosen_count))
 
 
-class Noise:
-    """Noise for a list of sample numbers: sample i of seed s gets the same numbers in a batch of any size."""
-
-    def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator().manual_seed(seed32(seed, int(i), 1)) for i in indices]
-        self.device = device
-
-    def __len__(self) -> int:
-        return len(self.generators)
-
-    def normal(self, *shape: int) -> Tensor:
-        """[B *shape] from N(0, 1); each call goes on where the last one ended."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
-
-
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL(N(mean, variance) || N(0, 1)) of each latent number, in nats ([Kingma14] appendix B)"""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
@@ -598,6 +641,7 @@ BANDS, PAN_BANDS, ANGLES = 32, 16, 64  # of frequency, for the network and for s
 STEP_OCTAVE = 128  # step sizes of the quantiser per octave
 FINEST = 15 * STEP_OCTAVE  # index of the smallest step: 2^-15, so that the loudest lines stay below LOUDEST steps
 LOUDEST = 2 ** 22  # magnitude that a file can hold
+RATES = (16_000, 44_100, 48_000)  # that are coded as they are
 CONTEXT = {"now": range(-10, 0), "past1": range(-5, 5), "past2": range(-2, 4), "memory": range(-3, 5),
            "other": range(-2, 3)}  # lines around the one to be coded, in what is known before it
 LEFT, RIGHT = 10, 4  # how far they reach
@@ -749,7 +793,7 @@ def one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class CodecConfig(RunConfig):
+class CodecConfig(CropConfig):
     epochs: int = option(20, "optimisation", "passes over the training set, of --crops crops each", number(int, 1))
     crops: int = option(4096, "optimisation", "random 5.12 s crops that make one epoch", number(int, 1, 1e9))
     batch_size: int = option(8, "optimisation", "clips per step, over all processes", number(int, 1, 1e6))
@@ -773,8 +817,6 @@ class Codec(SoundFamily):
     """Rounds the MDCT of a sound to steps, which is all that is lost, and codes the rest by learned probabilities."""
     config_class = CodecConfig
     results_folder = "codec"
-    phases = ("own",)
-    per_frame = HOP
     can_sample = can_interpolate = False
     FRAMES_A_STEP = 16  # of each clip that a training step looks at: neighbours have little new to say
 
@@ -785,6 +827,9 @@ class Codec(SoundFamily):
     def rate_text(self) -> str:
         rate, quality = self.config.bitrate, self.config.quality
         return f"{rate:g} kbit/s" if quality is None else f"steps of -{quality:g} dB"
+
+    def coder(self) -> Coder:
+        return Coder(self)
 
     def lines(self, audio: Tensor) -> Tensor:
         """Waveform [... L], L a multiple of the frame -> its MDCT [... T N]; orthonormal"""
@@ -827,22 +872,17 @@ class Codec(SoundFamily):
         plain = np.mean([plain_bits(clip.cpu().numpy()) / clip.numel() for clip in magnitudes])
         return {"val_bits_per_line": ours.mean().item(), "val_plain_bits_per_line": float(plain)}
 
-    @one_thread()
-    def encode(self, audio: Tensor, frames: Tensor | None = None) -> Tensor:
-        """Waveform [B CLIP] -> its lines [B T N] as a file of --bitrate would hold them"""
-        coder, decoded = Coder(self), []
-        for clip in self.lines(audio.cpu()).numpy()[:, None]:
-            step = step_size(coder.index_for(clip, SAMPLE_RATE, self.config))
-            values = coder.quantise(clip, SAMPLE_RATE, step).values
-            decoded.append(restored(values, centres_of(values, clip / step))[0] * step)
-        return torch.from_numpy(np.stack(decoded)).float().to(audio.device)
+    def regenerate(self, audio: Tensor) -> Tensor:
+        with tempfile.TemporaryDirectory() as folder:
+            found, _ = coded(self.coder(), audio.cpu().numpy()[:, None], SAMPLE_RATE, Path(folder))
+        return torch.from_numpy(found[:, 0]).to(audio.device)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Lines [B T N] -> waveform [B 1 CLIP]"""
-        return rotate(dct4(latent), -1).flatten(1)[:, None]
+    def rows(self, audio: Tensor, frames: Tensor) -> Iterator[Row]:
+        yield Row("model", None, torch.stack([self.regenerate(clip) for clip in audio]))
 
-    def render(self, decoded: Tensor, phase: str, original: Tensor | None = None) -> Tensor:
-        return decoded[:, 0]
+    def measure(self, tracks: Sequence[Track], count: int) -> tuple[dict[str, Any], dict[str, int]]:
+        loud = [track for track in tracks if np.square(track.audio, dtype=np.float32).mean() > INAUDIBLE ** 2][:count]
+        return codec_rows(self, loud), {"tracks": len(loud)}
 
 
 def plain_bits(values: np.ndarray) -> float:
@@ -900,26 +940,75 @@ def next_change(known: Sequence[tuple[int, float]], wanted: float, lines: int) -
     return math.floor((wanted - spent) * STEP_OCTAVE / (max(0.2, min(1.0, 0.6 * spent / lines + 0.1)) * lines))
 
 
-class Coder:
-    """A trained codec at work: sound <-> chunks of bytes. The network runs on numpy arrays of whole numbers."""
+class SymbolCoder:
+    """Magnitudes of whole numbers <-> bits, each by one of SCALES tables of probabilities; and what `encode_file` and
+    `decode_file` ask of a family."""
+    rates: tuple[int, ...]  # that its files can have
+    channels: tuple[int, ...]
+    asked: float | None = None  # kbit/s
+    digest: bytes  # of the model
 
-    def __init__(self, model: Codec) -> None:
+    def __init__(self, tables: np.ndarray) -> None:
+        """Tables float64 [SCALES LARGEST + 1]; rounded to 1/2^16, they are the same on any machine."""
         try:
             import constriction
         except ImportError as error:
-            raise UserError(f"the codec needs a package for entropy coding ({first_line(error)}): pip install "
+            raise UserError(f"files need a package for entropy coding ({first_line(error)}): pip install "
                             "constriction") from None
         self.stream = constriction.stream.queue
         self.uniform, self.tabled = (constriction.stream.model.Uniform(),
                                      constriction.stream.model.Categorical(perfect=False, lazy=True))
-        with torch.no_grad():
-            enter, band, kind, *more = (w.float().cpu() for w in model.context.weights())
-            table = model.context.tables.double().cpu().softmax(1) * 2 ** 16
-        self.weights = enter, (kind[:, None] + band).flatten(0, 1), *more
-        self.probabilities = (table.round().clamp(min=1) / 2 ** 16).float().numpy()  # the same on any machine
+        self.probabilities = ((tables * 2 ** 16).round().clip(min=1) / 2 ** 16).astype(np.float32)
         self.lengths = -np.log2(self.probabilities / self.probabilities.sum(1, keepdims=True))
         self.low = low_bits(np.arange(SCALES))
-        self.levels = LEVELS.numpy()
+
+    def code_lengths(self, tables: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
+        """Bits of each magnitude with its sign"""
+        low = self.low[tables]
+        value = magnitudes >> low
+        beyond = np.frexp((value - LARGEST + 1).clip(1).astype(float))[1]
+        return (self.lengths[tables, value.clip(max=LARGEST)] + low + (magnitudes > 0)
+                + np.where(value >= LARGEST, beyond + 4, 0))
+
+    def put(self, magnitudes: np.ndarray, tables: np.ndarray, tabled: Any, bits: Any, escapes: Any) -> None:
+        """[n] into three streams, or one: symbols of the tables, low bits, escapes"""
+        low = self.low[tables]
+        symbols = magnitudes >> low
+        for at in range(0, len(symbols), 1 << 14):
+            part = slice(at, at + (1 << 14))
+            common = symbols[part].clip(max=LARGEST).astype(np.int32)
+            tabled.encode(common, self.tabled, self.probabilities[tables[part]])
+        if low.any():
+            size = (1 << low[low > 0]).astype(np.int32)
+            bits.encode((magnitudes[low > 0] & (size - 1)).astype(np.int32), self.uniform, size)
+        for rest in (symbols[symbols >= LARGEST] - LARGEST + 1).tolist():  # length, then what follows the leading 1
+            length = rest.bit_length() - 1
+            escapes.encode(np.int32([length, rest - (1 << length)]), self.uniform, np.int32([32, max(2, 1 << length)]))
+
+    def take(self, tables: np.ndarray, tabled: Any, bits: Any, escapes: Any) -> np.ndarray:
+        """What `put` wrote, int32"""
+        sizes = self.low[tables].astype(np.int32)
+        symbols, rest = tabled.decode(self.tabled, self.probabilities[tables]), np.zeros_like(sizes)
+        if sizes.any():
+            rest[sizes > 0] = bits.decode(self.uniform, 1 << sizes[sizes > 0])
+        for i in (symbols >= LARGEST).nonzero()[0]:
+            length = int(escapes.decode(self.uniform, np.int32([32]))[0])
+            more = int(escapes.decode(self.uniform, np.int32([max(2, 1 << min(length, 22))]))[0])
+            symbols[i] += (1 << min(length, 22)) + more - 1
+        return (symbols << sizes) + rest
+
+
+class Coder(SymbolCoder):
+    """A trained codec at work: sound <-> chunks of bytes. The network runs on numpy arrays of whole numbers."""
+    rates, channels = RATES, (1, 2)
+
+    def __init__(self, model: Codec) -> None:
+        with torch.no_grad():
+            enter, band, kind, *more = (w.float().cpu() for w in model.context.weights())
+            super().__init__(model.context.tables.double().cpu().softmax(1).numpy())
+        self.weights = enter, (kind[:, None] + band).flatten(0, 1), *more
+        self.levels, self.config = LEVELS.numpy(), model.config
+        self.asked = model.config.bitrate if model.config.quality is None else None
         parts = [*(w.numpy() for w in self.weights), self.probabilities]
         self.digest = hashlib.sha256(b"".join(part.astype("<f4").tobytes() for part in parts)).digest()[:8]
 
@@ -944,14 +1033,6 @@ class Coder:
                 part = torch.stack([row[at:at + 8] for row in rows]).flatten(1).T
                 found[c, at:at + 8] = self.choose(part, places[:len(part)]).reshape(-1, top)
         return found
-
-    def code_lengths(self, tables: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
-        """Bits of each magnitude with its sign"""
-        low = self.low[tables]
-        value = magnitudes >> low
-        beyond = np.frexp((value - LARGEST + 1).clip(1).astype(float))[1]
-        return (self.lengths[tables, value.clip(max=LARGEST)] + low + (magnitudes > 0)
-                + np.where(value >= LARGEST, beyond + 4, 0))
 
     def quantise(self, lines: np.ndarray, rate: int, step: float, frames: slice = slice(None)) -> Quantised:
         """Lines [C T N] -> values that cost little for what they lose (rate-distortion optimised rounding): the whole
@@ -1004,19 +1085,9 @@ class Coder:
                 + np.arange(top))
         order = np.argsort(when.astype(np.int16).ravel(), kind="stable")  # the order in which `unpack` goes
         tables, values = quantised.tables.transpose(1, 0, 2).ravel()[order], values[:, :, :top].ravel()[order]
-        low, magnitudes = self.low[tables], np.abs(values)
-        symbols, tabled, bits, escapes = magnitudes >> low, *(self.stream.RangeEncoder() for _ in range(3))
-        for at in range(0, len(symbols), 1 << 14):
-            part = slice(at, at + (1 << 14))
-            common = symbols[part].clip(max=LARGEST).astype(np.int32)
-            tabled.encode(common, self.tabled, self.probabilities[tables[part]])
-        if low.any():
-            size = (1 << low[low > 0]).astype(np.int32)
-            bits.encode((magnitudes[low > 0] & (size - 1)).astype(np.int32), self.uniform, size)
-        for rest in (symbols[symbols >= LARGEST] - LARGEST + 1).tolist():  # length, then what follows the leading 1
-            length = rest.bit_length() - 1
-            escapes.encode(np.int32([length, rest - (1 << length)]), self.uniform, np.int32([32, max(2, 1 << length)]))
-        words = [coder.get_compressed().astype("<u4").tobytes() for coder in (tabled, bits, escapes)]
+        streams = [self.stream.RangeEncoder() for _ in range(3)]
+        self.put(np.abs(values), tables, *streams)
+        words = [stream.get_compressed().astype("<u4").tobytes() for stream in streams]
         lengths = struct.pack("<H3I", top, *map(len, words))
         return side + lengths + b"".join(words) + np.packbits(values[values != 0] < 0).tobytes()
 
@@ -1074,21 +1145,540 @@ class Coder:
 
     def read_step(self, tables: np.ndarray, edges: np.ndarray, streams: list[list[Any]]) -> np.ndarray:
         """The magnitudes of some lines, of which `edges` says where each chunk's begin"""
-        low, found = self.low[tables], np.zeros(len(tables), np.int32)
-        for (tabled, bits, escapes), a, b in zip(streams, edges[:-1], edges[1:]):
-            if a == b:
-                continue
-            part = tabled.decode(self.tabled, self.probabilities[tables[a:b]])
-            for i in (part >= LARGEST).nonzero()[0]:
-                length = int(escapes.decode(self.uniform, np.int32([32]))[0])
-                rest = int(escapes.decode(self.uniform, np.int32([max(2, 1 << min(length, 22))]))[0])
-                part[i] += (1 << min(length, 22)) + rest - 1
-            sizes = low[a:b]
-            part <<= sizes.astype(np.int32)
-            if sizes.any():
-                part[sizes > 0] += bits.decode(self.uniform, (1 << sizes[sizes > 0]).astype(np.int32))
-            found[a:b] = part
-        return found
+        return np.concatenate([self.take(tables[a:b], *three) if b > a else np.zeros(0, np.int32)
+                               for three, a, b in zip(streams, edges[:-1], edges[1:])])
+
+    def write(self, source: Path, target: Path, bits: int) -> Header:
+        return encode_file(self, self.config, source, target, bits)
+
+    def counts(self, header: Header) -> Iterator[int]:
+        """Frames of each chunk of a file"""
+        frames = -(-header.samples // frame_size(header.rate))
+        return (min(CHUNK_FRAMES, frames - start) for start in range(0, frames, CHUNK_FRAMES))
+
+    def seconds(self, header: Header, chunks: int) -> float:
+        """Length of the first chunks"""
+        return chunks * CHUNK_FRAMES * frame_size(header.rate) / header.rate
+
+    @one_thread()
+    def values(self, chunks: Sequence[tuple[bytes, int]], header: Header) -> list[np.ndarray]:
+        """Content and count of chunks -> what the MDCT was, [C T N] of each; errors where no coder wrote it"""
+        return list(decoded_lines(self, header, chunks))
+
+    def sound(self, values: Iterable[np.ndarray], header: Header) -> Iterator[np.ndarray]:
+        """Of all chunks -> blocks [L C]"""
+        for block in folded((dct4(torch.from_numpy(lines)).numpy() for lines in values), -1):
+            yield block.reshape(header.channels, -1).T
+
+    def figures(self, estimate: Path, source: Path) -> dict[str, float | None]:
+        return {"snr_db": file_snr(estimate, source)}
+
+
+# === classifier ===
+# The judge before the artist: through its ears drawn sounds are measured.
+
+RANGE = 60 * math.log(10) / 10  # of a picture, in log-mel: 60 dB
+STRIDE = 16  # ms between the frames of a picture
+CEPSTRA = 32  # lowest coefficients of the cepstrum that a classifier may look at
+
+
+class ShortBatch(NamedTuple):
+    audio: Tensor  # [B L]
+    labels: Tensor  # [B] int64
+    draw: Draw
+    progress: float = 1.0
+
+
+class Noise:
+    """Noise for a list of sample numbers: sample i of seed s gets the same numbers in a batch of any size."""
+
+    def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator().manual_seed(seed32(seed, int(i), 1)) for i in indices]
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.generators)
+
+    def normal(self, *shape: int) -> Tensor:
+        """[B *shape] from N(0, 1); each call goes on where the last one ended."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [-1, 1] -> uint8 [0, 255], rounded to the nearest level as a saved picture is"""
+    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+class ShortSoundFamily(Family):
+    """What the models of short sounds share: a sound is a picture [B 1 M T] of its log-mel spectrogram, 1 the loudest
+    of the training set and -1 what is 60 dB below it, or more."""
+    labelled = True
+    held_out_count = 10_000
+
+    def __init__(self, config: Any, data: DataInfo) -> None:
+        super().__init__(config, data)
+        self.labelled = self.labelled and len(data.classes) > 1
+        hop = data.sample_rate * STRIDE // 1000
+        self.preprocessor = AudioPreprocessor(config.n_mels, data.sample_rate, hop, 4 * hop)
+        self.register_buffer("top", torch.zeros(()))  # log-mel that is 1
+
+    def prepare(self, data: Any, device: torch.device) -> None:
+        """The loudest, but for one bin in 20,000"""
+        log_mel = self.preprocessor.log_mel(data.train[some_rows(data.train, 1000)].float().to(device)).flatten()
+        self.top.copy_(log_mel.kthvalue(max(1, len(log_mel) - len(log_mel) // 20_000)).values)
+
+    def picture(self, audio: Tensor) -> Tensor:
+        """Sounds [B L] -> [B 1 M T]"""
+        return (1 + 2 * (self.preprocessor.log_mel(audio)[:, None] - self.top) / RANGE).clamp(-1, 1)
+
+    def sound(self, picture: Tensor) -> Tensor:
+        """Pictures [B 1 M T] -> sounds [B L]; what is at the bottom of the range is silence."""
+        log_mel = self.top + RANGE / 2 * (picture[:, 0].float() - 1)
+        log_mel = log_mel.masked_fill(picture[:, 0] < -0.99, math.log(MEL_FLOOR))
+        return to_audio(self.preprocessor, log_mel, log_mel.shape[2] * self.preprocessor.hop).clamp(-1, 1)
+
+    def sample(self, labels: Tensor | None, noise: Noise) -> Tensor:
+        """Draw pictures [B 1 M T], one for each item of `noise`."""
+        raise UserError(f"a {type(self).__name__} draws no sounds: use --model diffusion", 2)
+
+    @classmethod
+    def file_name(cls, data: DataInfo | None) -> str:
+        return FILE_NAME.format(f"{family_name(cls)}_{data.dataset if data else '*'}")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(RunConfig):
+    epochs: int = option(24, "optimisation", "passes over the training set", number(int, 1))
+    learning_rate: float = option(2e-3, "optimisation", "peak rate of AdamW", number(float, 0, open_low=True))
+    view: str = option("mel", "model", "what it looks at: mel, the spectrogram, or cepstrum, its lowest cosine "
+                       "coefficients in each frame, which know nothing of pitch: another judge",
+                       choices=("mel", "cepstrum"))
+    n_mels: int = option(64, "model", "mel bins", number(int, 8, 256))
+    width: int = option(16, "model", "channels of the first convolutions, a multiple of 8", number(int, 8, 1024))
+    features: int = option(64, "model", "width of the layer that the metrics look at", number(int, 2, 4096))
+
+
+class SoundClassifier(ShortSoundFamily):
+    """Its last hidden layer is the feature space of `fd_<dataset>_cnn` and the other metrics that carry `_cnn` in
+    their name. Group norm and no dropout: the same losses on any number of processes."""
+    config_class = ClassifierConfig
+    can_sample = False
+
+    def __init__(self, config: ClassifierConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        if len(data.classes) < 2:
+            raise UserError(f"a classifier needs two or more classes, {data.title} has one: use sub-folders")
+        if config.width % 8:
+            raise UserError(f"--width {config.width}: must be a multiple of 8", 2)
+        w, rows = config.width, min(CEPSTRA, config.n_mels) if config.view == "cepstrum" else config.n_mels
+        self.register_buffer("cosines", cosines(config.n_mels, 0.0).float()[:rows], persistent=False)
+        self.register_buffer("mean", torch.zeros(rows, 1))
+        self.register_buffer("deviation", torch.ones(rows, 1))
+
+        def convolution(inputs: int, outputs: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU())
+
+        self.body = nn.Sequential(
+            convolution(1, w), convolution(w, w), nn.MaxPool2d(2), convolution(w, 2 * w), convolution(2 * w, 2 * w),
+            nn.MaxPool2d(2), convolution(2 * w, 4 * w), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(4 * w * (rows // 8) * (data.frames // 8), config.features), nn.ReLU())
+        self.head = nn.Linear(config.features, len(data.classes))
+
+    @torch.no_grad()
+    def prepare(self, data: Any, device: torch.device) -> None:
+        super().prepare(data, device)
+        seen = self.look(self.picture(data.train[some_rows(data.train, 1000)].float().to(device)))
+        self.mean.copy_(seen.mean((0, 1, 3))[:, None])
+        self.deviation.copy_(seen.std((0, 1, 3))[:, None].clamp(min=1e-3))
+
+    def look(self, picture: Tensor) -> Tensor:
+        """[B 1 M T] -> what the network is given, [B 1 R T]"""
+        seen = self.cosines @ picture if self.config.view == "cepstrum" else picture
+        return (seen - self.mean) / self.deviation
+
+    def forward(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+        """[B 1 M T] -> features [B D], logits [B K]"""
+        features = self.body(self.look(picture).contiguous(memory_format=torch.channels_last))
+        return features, self.head(features)
+
+    def losses(self, batch: ShortBatch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Cross-entropy on pictures that are shifted and stretched a little at random: later, slower, higher."""
+        later, slower, higher, louder = ((batch.draw.uniform(4) * 2 - 1) *
+                                         batch.audio.new_tensor([0.2, 0.2, 0.06, 0.2])).unbind(1)
+        none, one = torch.zeros_like(later), torch.ones_like(later)
+        affine = torch.stack([1 + slower, none, later, none, one, higher], 1).view(-1, 2, 3)
+        picture = self.picture(batch.audio) + 1
+        grid = F.affine_grid(affine, list(picture.shape), align_corners=False)
+        x = (F.grid_sample(picture, grid, align_corners=False) - 1 + louder[:, None, None, None]).clamp(-1, 1)
+        with self.cast():
+            _, logits = self(x)
+        logits = logits.float()
+        yield "model", F.cross_entropy(logits, batch.labels), {
+            "accuracy": (logits.detach().argmax(1) == batch.labels).float().mean()}
+
+    @torch.no_grad()
+    def validate(self, batch: ShortBatch) -> dict[str, float]:
+        _, logits = self(self.picture(batch.audio))
+        return {"val_loss": F.cross_entropy(logits, batch.labels).item(),
+                "val_accuracy": (logits.argmax(1) == batch.labels).float().mean().item()}
+
+    @classmethod
+    def file_name(cls, data: DataInfo | None) -> str:
+        """By the identity of its data, as those of two folders must not be taken for one another."""
+        if data is None or data.dataset != "folder":
+            return super().file_name(data)
+        slug = re.sub(r"[^a-z0-9]+", "-", data.title.lower()).strip("-") or "folder"
+        known = json.dumps([data.classes, data.sample_rate, data.frames])
+        return FILE_NAME.format(f"classifier_{slug[:40]}_{hashlib.sha256(known.encode()).hexdigest()[:8]}")
+
+
+# === diffusion ===
+
+TIMESTEPS = 1000
+
+
+class PositionalEncoding(nn.Module):
+    """Sinusoidal embedding of diffusion times: [B] in 1..1000 -> [B E], sines then cosines ([Ho20] appendix B)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.exp(torch.arange(width // 2) * (-math.log(10_000) / (width // 2))),
+                             persistent=False)
+
+    def forward(self, times: Tensor) -> Tensor:
+        angles = times.float()[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(channels // 16, channels)
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, 3x3 convolution, twice, around a shortcut; the embedding is added between the two ([Ho20])."""
+
+    def __init__(self, inputs: int, channels: int, embedding: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = group_norm(inputs), group_norm(channels)
+        self.conv1 = nn.Conv2d(inputs, channels, 3, padding=1)
+        self.conv2 = zeroed(nn.Conv2d(channels, channels, 3, padding=1))
+        self.embed = nn.Linear(embedding, channels)
+        self.shortcut = nn.Conv2d(inputs, channels, 1) if inputs != channels else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.embed(embedding)[:, :, None, None]
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over all positions of a feature map, heads of 48 to 64 channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = next(heads for heads in range(max(1, channels // 48), 0, -1) if channels % heads == 0)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B heads HW C/heads]
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(mixed.transpose(-1, -2).reshape(b, c, h, w))
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but the weights in `matrices` (convolutions and linear layers, flattened to 2-D) move by their
+    orthogonalised momentum [Jordan24]. torch.optim.Muon has no AdamW beside it and takes 2-D parameters only."""
+
+    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], rate: float, **adamw: Any) -> None:
+        if not all(self._flat(p).data_ptr() == p.data_ptr() for p in matrices):
+            raise ValueError("Muon moves convolutions in channels_last order only")
+        super().__init__([{"params": others}], **adamw)
+        self.add_param_group({"params": matrices, "lr": rate, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        group, alike = self.param_groups[1], {}  # matrices of one shape are multiplied at once
+        for p in (p for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            if not state:
+                state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            nesterov, p.grad = p.grad.lerp(state["momentum"], group["momentum"]), None  # so that AdamW skips it
+            alike.setdefault(p.flatten(1).shape, []).append((p, nesterov))
+        for (rows, columns), pairs in alike.items():
+            # channels_last: the 2-D form in this order is a view; the order of columns means nothing to Muon
+            moves = orthogonal(torch.stack([self._flat(gradient) for _, gradient in pairs])).float()
+            for (p, _), move in zip(pairs, moves, strict=True):
+                self._flat(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(
+                    move, alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
+        return super().step(closure)
+
+    @staticmethod
+    def _flat(p: Tensor) -> Tensor:
+        return p.permute(0, 2, 3, 1).reshape(len(p), -1) if p.ndim == 4 else p
+
+
+def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
+    """[N R C] -> roughly the nearest semi-orthogonal matrices: Newton-Schulz in bfloat16 ([Jordan24])."""
+    tall = x.shape[1] > x.shape[2]
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
+class NoiseSchedule:
+    """x_t = alpha_t * image + sigma_t * noise for t = 0..1000 (float64 [1001]): the straight line from image to noise
+    of [Lipman23], but for a trace of signal (alpha = 0.001) that keeps sigma / alpha finite at its end."""
+
+    def __init__(self) -> None:
+        t = torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS
+        self.alphas, self.sigmas = 1 - 0.999 * t, 0.999 * t
+
+    def times(self, steps: int, sigma_max: float = 80.0, sigma_min: float = 0.1, rho: float = 7.0) -> list[int]:
+        """Decreasing timesteps, the last one above 0: evenly spaced in (sigma/alpha)^(1/rho) as in [Karras22] eq. 5,
+        rounded to the grid; fewer than `steps` where rounding makes two of them meet."""
+        ratio = self.sigmas / self.alphas
+        high, low = (min(max(s, ratio[1].item()), ratio[-1].item()) ** (1 / rho) for s in (sigma_max, sigma_min))
+        wanted = torch.linspace(high, low, steps, dtype=torch.float64) ** rho
+        grid = torch.searchsorted(ratio, wanted * (1 - 1e-9)).clamp(1, TIMESTEPS)
+        return sorted(set(grid.tolist()), reverse=True)
+
+
+# A sampler is a pure function of (denoise, x, times, schedule, noise): `denoise(x, t)` estimates the clean image
+# [B C H W] from x at timestep t, `x` is x_t at the first of `times`, which decrease and are followed by t = 0.
+Denoiser = Callable[[Tensor, int], Tensor]
+
+
+def sample_ddim(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule,
+                _noise: Noise | None = None) -> Tensor:
+    """Deterministic: keep the predicted noise, change its amount ([Song21] eq. 12 with zero variance)."""
+    for t, s in zip(times, [*times[1:], 0], strict=True):
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = schedule.alphas[[t, s]].tolist(), schedule.sigmas[[t, s]].tolist()
+        image = denoise(x, t)
+        x = alpha_s * image + sigma_s * ((x - alpha_t * image) / sigma_t)
+    return x
+
+
+def sample_dpm(denoise: Denoiser, x: Tensor, times: Sequence[int], schedule: NoiseSchedule,
+               _noise: Noise | None = None) -> Tensor:
+    """DPM-Solver++(2M): second order from one evaluation a step, by the denoised image of the step before
+    ([Lu22] algorithm 2); the first and the last step are of first order."""
+    logsnr = (schedule.alphas / schedule.sigmas.clamp(min=1e-12)).log()
+    previous, previous_h = None, 0.0
+    for t, s in zip(times, [*times[1:], 0], strict=True):
+        alpha_s, sigma_t, sigma_s = (v.item() for v in (schedule.alphas[s], schedule.sigmas[t], schedule.sigmas[s]))
+        h = (logsnr[s] - logsnr[t]).item()
+        image = estimate = denoise(x, t)
+        if previous is not None and s:
+            ratio = h / (2 * previous_h)
+            estimate = (1 + ratio) * image - ratio * previous
+        x = sigma_s / sigma_t * x - alpha_s * math.expm1(-h) * estimate
+        previous, previous_h = image, h
+    return x
+
+
+
+
+SAMPLERS = {"ddim": sample_ddim, "dpm++": sample_dpm}
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(RunConfig):
+    epochs: int = option(40, "optimisation", "passes over the training set", number(int, 1))
+    learning_rate: float = option(2e-3, "optimisation", "peak rate of AdamW, for embeddings, norms, first and last "
+                                  "layer", number(float, 0, open_low=True))
+    muon_rate: float = option(0.02, "optimisation", "peak rate of Muon [Jordan24], for all other layers",
+                              number(float, 0, open_low=True))
+    n_mels: int = option(64, "model", "mel bins", number(int, 8, 256))
+    channels: int = option(32, "model", "width at the highest resolution, a multiple of 16", number(int, 16, 1024))
+    levels: int = option(3, "model", "resolutions; the width doubles at each", number(int, 1, 5))
+    blocks: int = option(2, "model", "residual blocks per level, each way", number(int, 1, 16))
+    label_dropout: float = option(0.1, "model", "share of labels that are hidden, for guidance", number(float, 0, 1))
+    sampler: str = option("dpm++", "sampling", "ddim or dpm++ (2M)", choices=tuple(SAMPLERS))
+    steps: int = option(10, "sampling", "sampling steps, one evaluation each", number(int, 1, TIMESTEPS))
+    guidance: float = option(1.2, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none, other values "
+                             "double the work", number(float, 0, 100))
+    temperature: float = option(1.0, "sampling", "factor of the starting noise", number(float, 0, 10))
+    seed: int = option(0, "run", "sound i of a seed is always the same", number(int, 0, 2**63 - 1))
+
+
+class FlowModel(Family):
+    """A U-Net that predicts the flow noise - picture from x_t, time and class label: network, objective and sampling.
+
+    Works on 2x2 pixel blocks (pixel-unshuffle): half the resolution with four times the channels, which on a CPU is
+    several times faster. Deviations from [Ho20]: that door; attention at the lowest level only; no dropout.
+    """
+
+    def build(self, planes: int, classes: int) -> None:
+        """The network for x [B planes H W], H and W divisible by 2^levels, and 2 or more classes, or without labels"""
+        config, embedding, pixels = self.config, 256, 4 * planes
+        if config.channels % 16:
+            raise UserError(f"--channels {config.channels}: must be a multiple of 16", 2)
+        widths = [config.channels * 2 ** level for level in range(config.levels)]
+        self.classes = classes if classes > 1 else 0
+        self.time = nn.Sequential(PositionalEncoding(config.channels), nn.Linear(config.channels, embedding), nn.SiLU(),
+                                  nn.Linear(embedding, embedding))
+        self.label = nn.Embedding(self.classes + 1, embedding)  # the last row stands for "no label"
+
+        def blocks(width: int, inputs: int) -> nn.ModuleList:
+            return nn.ModuleList(ResidualBlock(inputs, width, embedding) for _ in range(config.blocks))
+
+        self.enter = nn.Conv2d(pixels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(blocks(width, width) for width in widths)
+        self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths))
+        self.attention = SelfAttention(widths[-1])
+        self.middle = ResidualBlock(widths[-1], widths[-1], embedding)
+        self.up_blocks = nn.ModuleList(blocks(width, 2 * width) for width in reversed(widths))
+        self.ups = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for b, a in itertools.pairwise(reversed(widths)))
+        self.norm = group_norm(widths[0])
+        self.leave = zeroed(nn.Conv2d(widths[0], pixels, 3, padding=1))
+        self.noise_schedule = NoiseSchedule()
+        for name in ("alphas", "sigmas"):
+            self.register_buffer(name, getattr(self.noise_schedule, name).float(), persistent=False)
+
+    def forward(self, x: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+        """x_t [B C H W], times [B] in 1..1000, labels [B] in 0..K (K: none) -> the flow, [B C H W]."""
+        embedding = F.silu(self.time(times) + self.label(labels))
+        h = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)  # [B 4C H/2 W/2]
+        h, skips = self.enter(h), []
+        for level, level_blocks in enumerate(self.down_blocks):
+            if level:
+                h = self.downs[level - 1](h)
+            for block in level_blocks:
+                h = block(h, embedding)
+                skips.append(h)
+        h = self.middle(self.attention(h), embedding)
+        for level, level_blocks in enumerate(self.up_blocks):
+            if level:
+                h = F.pixel_shuffle(self.ups[level - 1](h), 2).contiguous(memory_format=torch.channels_last)
+            for block in level_blocks:
+                h = block(torch.cat([h, skips.pop()], 1), embedding)
+        return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)
+
+    def optimizer(self, player: nn.Module) -> torch.optim.Optimizer:
+        """Muon for what lies between the first and the last layer."""
+        matrices, others = [], []
+        for name, p in self.named_parameters():
+            (others if p.ndim < 2 or name.startswith(("enter", "leave", "label")) else matrices).append(p)
+        return Muon(matrices, others, self.config.muon_rate, lr=self.config.learning_rate, betas=self.betas,
+                    weight_decay=self.config.weight_decay, fused=self.alphas.device.type != "mps")
+
+    def visited_times(self, share: Tensor) -> Tensor:
+        """Timesteps 1..1000 at the given quantiles (0..1) of the logit-normal distribution that training visits: more
+        of the middle, where there is most to learn ([Esser24]), and of the noisy end, where half of drawing happens."""
+        return ((1.2 * torch.special.ndtri(share) + 0.3).sigmoid() * TIMESTEPS).long().clamp(0, TIMESTEPS - 1) + 1
+
+    def noisy(self, pictures: Tensor, times: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """x_t and the flow."""
+        noise = draw.normal(*pictures.shape[1:])
+        alpha, sigma = (s[times][:, None, None, None] for s in (self.alphas, self.sigmas))
+        return alpha * pictures + sigma * noise, noise - pictures
+
+    def some_hidden(self, labels: Tensor, draw: Draw) -> Tensor:
+        """Labels [B] of which a share is replaced by "no label"."""
+        hidden = draw.uniform() < self.config.label_dropout
+        return labels.masked_fill(hidden, self.classes) if self.classes else torch.zeros_like(labels)
+
+    def flow_loss(self, pictures: Tensor, labels: Tensor, draw: Draw) -> Tensor:
+        """Mean squared error of the predicted flow ([Lipman23] eq. 23) at random times: one from each of as many equal
+        parts as the batch has pictures, for a steadier gradient."""
+        parts = torch.arange(draw.total, device=draw.device)[draw.rows]
+        times = self.visited_times((parts + draw.uniform()) / draw.total)
+        x, flow = self.noisy(pictures, times, draw)
+        with self.cast():
+            prediction = self(x, times, labels)
+        return F.mse_loss(prediction.float(), flow)
+
+    @torch.no_grad()
+    def held_out_loss(self, pictures: Tensor, labels: Tensor, draw: Draw) -> dict[str, float]:
+        """Over the times that training visits, also by quarter of them (0: cleanest, 3: noisiest)."""
+        times = self.visited_times((torch.arange(len(pictures), device=pictures.device) + 0.5) / len(pictures))
+        x, flow = self.noisy(pictures, times, draw)
+        with self.cast():
+            prediction = self(x, times, labels if self.classes else torch.zeros_like(labels))
+        errors = (prediction.float() - flow).square().flatten(1).mean(1)
+        quarters = {f"t{i}_val_loss": quarter.mean().item() for i, quarter in enumerate(errors.tensor_split(4))
+                    if len(quarter)}
+        return {"val_loss": errors.mean().item()} | quarters
+
+    def guided(self, x: Tensor, times: Tensor, labels: Tensor, scale: float) -> Tensor:
+        """The flow, led away from what it would be without label ([HoSal22]); twice the work unless `scale` is 1."""
+        if scale == 1 or not self.classes:
+            return self(x, times, labels).float()
+        nothing = torch.full_like(labels, self.classes)
+        both = self(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, nothing])).float()
+        with_label, without = both.chunk(2)
+        return without + scale * (with_label - without)
+
+    def denoiser(self, labels: Tensor | None, count: int) -> Denoiser:
+        """The function that samplers call: the guided estimate of the clean picture, clipped to [-1, 1]."""
+        labels = torch.full((count,), self.classes, device=self.alphas.device) if labels is None or not self.classes \
+            else labels
+
+        def denoise(x: Tensor, t: int) -> Tensor:
+            flow = self.guided(x, torch.full((count,), t, device=x.device), labels, self.config.guidance)
+            alpha, sigma = self.noise_schedule.alphas[t].item(), self.noise_schedule.sigmas[t].item()
+            return ((x - sigma * flow) / (alpha + sigma)).clamp(-1, 1)  # both equations, solved for the picture
+
+        return denoise
+
+    def times(self) -> list[int]:
+        """The timesteps at which sampling looks"""
+        return self.noise_schedule.times(self.config.steps)
+
+    @torch.no_grad()
+    def draw(self, labels: Tensor | None, noise: Noise, shape: Sequence[int],
+             watch: Callable[[int, Tensor, Tensor], None] = lambda *_: None) -> Tensor:
+        """Pictures of the given shape [C H W]. `watch` is told of each look that the sampler takes: t, x_t and the
+        estimate of the picture, [B C H W]."""
+        times, denoise = self.times(), self.denoiser(labels, len(noise))
+
+        def watched(x: Tensor, t: int) -> Tensor:
+            estimate = denoise(x, t)
+            watch(t, x, estimate)
+            return estimate
+
+        # but for x_t's trace of signal (alpha is about 0.01); on the straight path sigma is 0.988 there, not 1
+        x = self.config.temperature * self.noise_schedule.sigmas[times[0]].item() * noise.normal(*shape)
+        with self.cast():
+            return SAMPLERS[self.config.sampler](watched, x, times, self.noise_schedule, noise)
+
+    def describe_sampling(self) -> dict[str, Any]:
+        steps = len(self.times())
+        guided = self.classes > 0 and self.config.guidance != 1
+        return {"sampler": self.config.sampler, "steps": steps, "guidance": self.config.guidance,
+                "network_evaluations": steps * (1 + guided)}
+
+
+class SoundDiffusion(FlowModel, ShortSoundFamily):
+    """A `FlowModel` of the log-mel pictures of short sounds."""
+    config_class = DiffusionConfig
+
+    def __init__(self, config: DiffusionConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        for size, what in ((config.n_mels, "--n_mels"), (data.frames, "frames")):
+            if size % 2 ** config.levels:
+                raise UserError(f"{size} {what} can't be halved --levels {config.levels} times: use multiples of "
+                                f"{2 ** config.levels}, or fewer levels", 2)
+        self.build(1, len(data.classes))
+
+    def losses(self, batch: ShortBatch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        labels = self.some_hidden(batch.labels, batch.draw)
+        yield "model", self.flow_loss(self.picture(batch.audio), labels, batch.draw), {}
+
+    def validate(self, batch: ShortBatch) -> dict[str, float]:
+        return self.held_out_loss(self.picture(batch.audio), batch.labels, batch.draw)
+
+    def sample(self, labels: Tensor | None, noise: Noise,
+               watch: Callable[[int, Tensor, Tensor], None] = lambda *_: None) -> Tensor:
+        return self.draw(labels, noise, (1, self.config.n_mels, self.data.frames), watch)
 
 
 # === signal path ===
@@ -1102,27 +1692,28 @@ class AudioPreprocessor(nn.Module):
     log-mel = ln(mel power + MEL_FLOOR), where a full-scale sine has power 1. It is standardised with the training set's
     mean of each mel bin and one deviation for all, which `fit` takes and the checkpoint keeps."""
 
-    def __init__(self, n_mels: int = 128) -> None:
+    def __init__(self, n_mels: int = 128, rate: int = SAMPLE_RATE, hop: int = HOP, window: int = WINDOW) -> None:
         super().__init__()
+        self.hop, self.size = hop, window
         from torchaudio.functional import melscale_fbanks
         with warnings.catch_warnings():  # it would name an argument that nobody here has given
             warnings.simplefilter("ignore")
-            filters = melscale_fbanks(WINDOW // 2 + 1, 0.0, SAMPLE_RATE / 2, n_mels, SAMPLE_RATE, None, "htk")
+            filters = melscale_fbanks(window // 2 + 1, 0.0, rate / 2, n_mels, rate, None, "htk")
         filters[0, 0] = 1  # no triangle holds 0 Hz, but real recordings hold much below 8 Hz, which SDR would count
         self.bands = []  # 16 filters each, and the frequencies where they are not zero: an eighth of the products
         for first in range(0, n_mels, 16):
             used = filters[:, first:first + 16].any(1).nonzero().flatten().tolist() or [0]
             self.bands.append((slice(first, first + 16), slice(used[0], used[-1] + 1)))
-        window = torch.hann_window(WINDOW)
-        self.register_buffer("window", window * (2 / window.sum()), persistent=False)
+        hann = torch.hann_window(window)
+        self.register_buffer("window", hann * (2 / hann.sum()), persistent=False)
         self.register_buffer("filters", filters, persistent=False)  # [513 M], triangles of height 1
         self.register_buffer("mean", torch.zeros(n_mels))
         self.register_buffer("std", torch.ones(()))
 
     def spectra(self, audio: Tensor) -> Iterator[Tensor]:
         """[B L] -> blocks of the spectrogram, [... 513] complex: in all B * L / HOP frames, clip by clip"""
-        edge = (WINDOW - HOP) // 2
-        frames = F.pad(audio, (edge, edge)).unfold(-1, WINDOW, HOP)
+        edge = (self.size - self.hop) // 2
+        frames = F.pad(audio, (edge, edge)).unfold(-1, self.size, self.hop)
         blocks = itertools.chain(*(clip.split(BLOCK) for clip in frames)) if audio.device.type == "cpu" else [frames]
         for block in blocks:
             yield torch.fft.rfft(block * self.window).flatten(0, -2)
@@ -1156,29 +1747,31 @@ class AudioPreprocessor(nn.Module):
         self.std.fill_(variance**0.5 if variance > 1e-6 else 1.0)  # digital silence only: leave it as it is
 
 
+PHASES = ("griffinlim", "original")  # ways to make a log-mel audible, see `to_audio`
 UPPER_BOUND = "the input's own: an upper bound, not the model's result"  # which is said wherever "original" is
 INVERSE_STEPS = 16  # from mel to frequencies: 50 would add 0.2 dB of SDR
 
 
 def stft(prep: AudioPreprocessor, audio: Tensor) -> Tensor:
     """[B L], L a multiple of HOP -> complex [B 513 T]"""
-    return torch.cat(list(prep.spectra(audio))).view(len(audio), -1, WINDOW // 2 + 1).mT
+    return torch.cat(list(prep.spectra(audio))).view(len(audio), -1, prep.size // 2 + 1).mT
 
 
 def istft(prep: AudioPreprocessor, spectrum: Tensor) -> Tensor:
     """Complex [B 513 T] -> [B L = T HOP]: the inverse of `stft`, in the least-squares sense of [Griffin84]."""
     frames = torch.fft.irfft(spectrum.mT) * prep.window
-    return overlap_add(frames) / overlap_add(prep.window.square().expand(1, *frames.shape[1:]))
+    weights = prep.window.square().expand(1, *frames.shape[1:])
+    return overlap_add(frames, prep.hop) / overlap_add(weights, prep.hop)
 
 
-def overlap_add(frames: Tensor) -> Tensor:
+def overlap_add(frames: Tensor, hop: int = HOP) -> Tensor:
     """[B T WINDOW] -> [B T HOP], in the few slices that a window has hops: 15 times as fast as F.fold"""
-    count, slices = frames.shape[1], frames.split(HOP, -1)
-    total = frames.new_zeros(len(frames), count + len(slices) - 1, HOP)
+    count, slices = frames.shape[1], frames.split(hop, -1)
+    total = frames.new_zeros(len(frames), count + len(slices) - 1, hop)
     for first, part in enumerate(slices):
         total[:, first:first + count, :part.shape[-1]] += part
-    edge = (WINDOW - HOP) // 2
-    return total.flatten(1)[:, edge:edge + count * HOP]
+    edge = (frames.shape[2] - hop) // 2
+    return total.flatten(1)[:, edge:edge + count * hop]
 
 
 def to_magnitude(prep: AudioPreprocessor, log_mel: Tensor) -> Tensor:
@@ -1210,7 +1803,9 @@ def to_audio(prep: AudioPreprocessor, log_mel: Tensor, length: int, phase: str =
     magnitude = to_magnitude(prep, log_mel)
     if phase == "original":
         return istft(prep, magnitude * torch.sgn(stft(prep, original)))[:, :length]
-    rows = 1 if magnitude.device.type == "cpu" else len(magnitude)  # one clip at a time fits a CPU's cache
+    rows = len(magnitude)
+    if magnitude.device.type == "cpu":  # one clip at a time, or as many short ones, fit its cache
+        rows = max(1, FRAMES // magnitude.shape[2])
     return torch.cat([griffin_lim(prep, part)[:, :length] for part in magnitude.split(rows)])
 
 
@@ -1218,7 +1813,8 @@ def to_audio(prep: AudioPreprocessor, log_mel: Tensor, length: int, phase: str =
 
 HERE = Path(__file__).resolve().parent
 FILE_NAME = "audio_{}.pt"
-FAMILIES: dict[str, type[SoundFamily]] = {"autoencoder": AudioAutoencoder, "vae": AudioVAE, "codec": Codec}
+FAMILIES: dict[str, type[Family]] = {"autoencoder": AudioAutoencoder, "vae": AudioVAE, "codec": Codec,
+                                     "diffusion": SoundDiffusion, "classifier": SoundClassifier}
 
 
 @dataclass(frozen=True)
@@ -1231,12 +1827,11 @@ class InferOptions:
     input: list[Path] | None = option(None, "regeneration", "audio files (default: shipped examples)", Path, nargs="+")
     output_dir: Path | None = option(None, "regeneration", "folder for NAME_reconstructed.wav (default: results)", Path)
     export: Path | None = option(None, "regeneration", "also write the averaged weights alone, in half precision", Path)
-
-
-@dataclass(frozen=True)
-class MelInferOptions(InferOptions):
-    phase: str = option("griffinlim", "regeneration", "original takes the input's own phase: only an upper bound may",
-                        choices=MelFamily.phases)
+    encode: bool = option(False, "regeneration", "only write the small file NAME.iag of each --input")
+    decode: list[Path] | None = option(None, "regeneration", "such files to turn into sound", Path, nargs="+")
+    salvage: bool = option(False, "regeneration", "of a damaged file write what stands before the damage")
+    bits: int | None = option(None, "regeneration", "of a sample of the WAV file: 16, 24, or 32 for floating point "
+                              "(default: 16; with --decode what the file says)", int, choices=(16, 24, 32))
 
 
 @dataclass(frozen=True)
@@ -1245,17 +1840,38 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class CodecInferOptions(InferOptions):
-    encode: bool = option(False, "regeneration", "only write the codec file NAME.iag of each --input")
-    decode: list[Path] | None = option(None, "regeneration", "codec files to turn into sound", Path, nargs="+")
-    salvage: bool = option(False, "regeneration", "of a damaged codec file write what stands before the damage")
-    bits: int | None = option(None, "regeneration", "of a sample of the WAV file: 16, 24, or 32 for floating point "
-                              "(default: 16; with --decode what the codec file says)", int, choices=(16, 24, 32))
+class ExportOptions:
+    """Flags of --mode infer for any model of short sounds."""
+    export: Path | None = option(None, "sampling", "also write the averaged weights alone, in half precision", Path)
+
+
+@dataclass(frozen=True)
+class DrawOptions(ExportOptions):
+    num_samples: int | None = option(None, "sampling", "sounds to draw (default: one of each class, or of each "
+                                     "--label)", number(int, 1, 100_000))
+    label: str | None = option(None, "sampling", "classes to draw, in turn, e.g. 7 or 1,9,8,4 (default: all)", str)
+    sample_batch: int = option(64, "sampling", "sounds drawn at once, bounds the memory", number(int, 1))
+    output_dir: Path | None = option(None, "sampling", "folder for the WAV files (default: results)", Path)
+
+
+@dataclass(frozen=True)
+class ClassifyOptions(ExportOptions):
+    input: list[Path] | None = option(None, "sampling", "audio files to name the classes of", Path, nargs="+")
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    classifier: Path | None = option(None, "evaluation", "checkpoint of --model classifier for the metrics; by default "
+                                     "the shipped one for the dataset, else the one in models/ for its classes", Path)
+    second_classifier: Path | None = option(None, "evaluation", "another one, asked only for its label agreement; by "
+                                            "default the shipped one that looks at cepstra", Path)
+    eval_samples: int | None = option(None, "evaluation", "sounds to measure (default: as many as the test set has, at "
+                                      "most 2,000)", number(int, 2))
 
 
 SoundFamily.options = {"train": NoOptions, "infer": InferOptions, "evaluate": EvaluateOptions}
-MelFamily.options = SoundFamily.options | {"infer": MelInferOptions}
-Codec.options = SoundFamily.options | {"infer": CodecInferOptions}
+SoundDiffusion.options = {"train": MeasureOptions, "infer": DrawOptions, "evaluate": MeasureOptions}
+SoundClassifier.options = {"train": NoOptions, "infer": ClassifyOptions, "evaluate": NoOptions}
 
 
 def known_fields(kind: type, values: dict) -> dict:
@@ -1509,15 +2125,15 @@ class AudioData:
         return (f"{self.title}: {len(self.train)} training tracks ({minutes:.1f} minutes), {len(self.valid)} for "
                 f"validation, {len(self.test)} for test")
 
-    def plan(self, config: RunConfig) -> tuple[int, int]:
+    def plan(self, config: CropConfig) -> tuple[int, int]:
         """(batch size, steps of an epoch)"""
         return config.batch_size, max(1, config.crops // config.batch_size)
 
-    def training_batch(self, config: RunConfig, step: int, draw: Draw) -> Batch:
+    def training_batch(self, config: CropConfig, step: int, draw: Draw) -> Batch:
         """Every third one from the dataset alone, however much longer --extra_root is: it is what will be measured."""
         return random_crops(self.train if step % 3 else self.own, draw, config.speed)
 
-    def training_crops(self, config: RunConfig, device: torch.device) -> Iterator[Batch]:
+    def training_crops(self, config: CropConfig, device: torch.device) -> Iterator[Batch]:
         """Up to 4,096 crops for statistics, by negative steps: they are not those of the training."""
         for i in range(min(256, max(60, config.epochs * config.crops // 16))):
             yield self.training_batch(config, -1 - i, Draw(config.seed, -1 - i, 16, slice(None), device))
@@ -1593,9 +2209,8 @@ def clip_batches(clips: Sequence[tuple[Track, int]], device: torch.device) -> It
         yield clip_batch(clips[start:start + 16], device)
 
 
-def read_audio(path: Path, flag: str = "--input", stem: str = "mixture") -> Tensor:
-    """A file of any rate and channels -> float32 mono [L] at SAMPLE_RATE; of a .stem.mp4 one of its five streams"""
-    import tempfile
+def read_audio(path: Path, flag: str = "--input", stem: str = "mixture", rate: int = SAMPLE_RATE) -> Tensor:
+    """A file of any rate and channels -> float32 mono [L] at `rate`; of a .stem.mp4 one of its five streams"""
 
     from torchaudio.functional import resample
     if not path.is_file():
@@ -1604,11 +2219,11 @@ def read_audio(path: Path, flag: str = "--input", stem: str = "mixture") -> Tens
     try:
         with tempfile.TemporaryDirectory() as folder:
             plain = path.suffix.lower() in AUDIO_SUFFIXES
-            audio, rate = read_mono(path if plain else decoded(path, Path(folder), STEMS.index(stem)))
+            audio, held = read_mono(path if plain else decoded(path, Path(folder), STEMS.index(stem)))
     except (OSError, RuntimeError, ValueError) as error:  # soundfile's own errors are RuntimeErrors
         raise UserError(f"{path} can't be read as audio ({first_line(error)}): repair or remove it, or convert it "
                         "to WAV or FLAC") from None
-    ratio = Fraction(rate, SAMPLE_RATE).limit_denominator(640)  # exact for all usual rates, else within 3e-6: the
+    ratio = Fraction(held, rate).limit_denominator(640)  # exact for all usual rates, else within 3e-6: the
     return resample(audio, ratio.numerator, ratio.denominator, 32)  # filters of 44,101 Hz would need 3 GB
 
 
@@ -1838,6 +2453,216 @@ class SyntheticMUSDBDataset(AudioData):
 
 DATASETS: dict[str, Callable[[DataOptions, Sequence[str]], AudioData]] = {
     "musdb": MUSDBDataset, "synthetic": SyntheticMUSDBDataset, "folder": FolderDataset}
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SPOKEN_DIGITS = ("https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.zip",
+                 "dbd573d7cafe79c4b49f65718115e1304e24e067fa39eff18a660dc6cb9c360f")  # of the recordings in it
+SHORT_DATASETS = ("spoken_digits", "speech_commands", "folder", "musdb", "synthetic")
+
+
+@dataclass(frozen=True)
+class WhichSounds:
+    dataset: str = option("spoken_digits", "data", "that the model was trained on", str)
+
+
+@dataclass(frozen=True)
+class ShortSoundOptions:
+    """Flags that say which short sounds are learned from and measured."""
+    dataset: str = option("spoken_digits", "data", "what to learn from; folder: sub-folders are the classes; musdb: "
+                          "its stems are", choices=SHORT_DATASETS)
+    data_root: Path | None = option(None, "data", "its folder (default: data/NAME beside this script)", Path)
+    seconds: float | None = option(None, "data", "length of a sound, rounded up to 0.256 s; longer ones are cut "
+                                   "(default: 0.768 for spoken_digits, else 1.024)", number(float, 0.1, 10))
+    sample_rate: int | None = option(None, "data", "Hz, a multiple of 1,000 (default: 8,000 for spoken_digits, else "
+                                     "16,000)", number(int, 4000, 48_000))
+    split: str = option("own", "data", "spoken_digits: own (recordings 0 to 4 of each are the test set) or speaker "
+                        "(one of the six is)", choices=("own", "speaker"))
+
+
+def some_rows(sounds: Tensor, count: int) -> Tensor:
+    """Numbers of `count` sounds, drawn with a fixed seed"""
+    return torch.randperm(len(sounds), generator=torch.Generator().manual_seed(0))[:count]
+
+
+class ShortSounds:
+    """Sounds of one length in memory, [N L] as float16 with labels [N]. Loudness and silence are handled here, once for
+    all: what is 40 dB below a sound's loudest 16 ms is cut off its ends, it begins at once and zeros fill it up, too
+    long ones are faded out at the end, and each has an RMS of -20 dB (less where it would clip)."""
+
+    def __init__(self, name: str, title: str, rate: int, frames: int,
+                 rows: dict[str, list[tuple[str, Tensor]]]) -> None:
+        self.name, self.title, self.rate, self.frames, self.epoch = name, title, rate, frames, None
+        counts = Counter(label for label, _ in rows["train"])
+        self.classes = sorted(counts, key=DIGITS.index if set(counts) <= set(DIGITS) else None)
+        if lacking := {label for label, _ in rows["test"]} - set(counts):
+            raise UserError(f"{title}: {min(lacking)} is in the test set only: give it sounds to train on")
+        if len(rows["train"]) < 2 or not rows["test"]:
+            raise UserError(f"{title}: {len(rows['train'])} sound(s) to train on and {len(rows['test'])} to test with, "
+                            "needed are 2 and 1: add some")
+        (self.train, self.train_labels), (self.test, self.test_labels) = (
+            (torch.stack([sound for _, sound in part]),
+             torch.tensor([self.classes.index(label) for label, _ in part])) for part in (rows["train"], rows["test"]))
+
+    def info(self) -> DataInfo:
+        parts = {"train": self.train, "test": self.test}
+        digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts.values())).hexdigest()[:16]
+        return DataInfo(self.name, self.title, self.rate, [], {k: len(part) for k, part in parts.items()},
+                        {k: round(part.numel() / self.rate, 2) for k, part in parts.items()}, digest, self.frames,
+                        self.classes, torch.bincount(self.train_labels, minlength=len(self.classes)).tolist())
+
+    def describe(self) -> str:
+        return (f"{self.title}: {len(self.train)} training and {len(self.test)} test sounds of "
+                f"{self.train.shape[1] / self.rate:.3g} s at {self.rate:,} Hz, {len(self.classes)} classes")
+
+    def plan(self, config: RunConfig) -> tuple[int, int]:
+        """(batch size, steps per epoch): an epoch is as many whole batches as there are."""
+        batch_size = min(config.batch_size, len(self.train))
+        return batch_size, len(self.train) // batch_size
+
+    def training_batch(self, config: RunConfig, step: int, draw: Draw) -> ShortBatch:
+        """This process's rows of the batch of a step; each epoch has an order of its own."""
+        batch_size, steps = self.plan(config)
+        epoch, position = divmod(step, steps)
+        if epoch != self.epoch:
+            self.epoch, generator = epoch, torch.Generator().manual_seed(seed32(config.seed, epoch, 7))
+            self.order = torch.randperm(len(self.train), generator=generator)
+        rows = self.order[position * batch_size:][:batch_size][draw.rows]
+        return ShortBatch(self.train[rows].float().to(draw.device), self.train_labels[rows].to(draw.device), draw)
+
+    def held_out(self, count: int, device: torch.device) -> Iterator[ShortBatch]:
+        """The first `count` test sounds"""
+        for rows in torch.arange(min(count, len(self.test))).split(100):
+            yield ShortBatch(self.test[rows].float().to(device), self.test_labels[rows].to(device),
+                             Draw(0, int(rows[0]), len(rows), slice(None), device))
+
+
+def short_sound(audio: Tensor, rate: int, length: int) -> tuple[Tensor, bool]:
+    """A sound [L] as `ShortSounds` keeps them, float16 [length], and whether it was cut"""
+    block = rate * STRIDE // 1000
+    loudness = F.pad(audio, (0, -len(audio) % block)).view(-1, block).square().mean(1)
+    if loudness.max() < SILENCE ** 2:
+        raise ValueError("it is silent")
+    heard = (loudness > 1e-4 * loudness.max()).nonzero().flatten()
+    audio = audio[heard[0] * block:(heard[-1] + 1) * block]
+    cut_off = len(audio) > length
+    sound = F.pad(audio[:length], (0, max(0, length - len(audio))))
+    if cut_off:
+        sound[-block:] *= torch.linspace(1, 0, block)
+    gain = min(0.1 / audio[:length].square().mean().sqrt().item(), 0.999 / sound.abs().max().item())
+    return (sound * gain).half(), cut_off
+
+
+def load_short(options: ShortSoundOptions) -> ShortSounds:
+    """The sounds of a dataset, each file read once"""
+    from concurrent.futures import ThreadPoolExecutor
+    digits = options.dataset == "spoken_digits"
+    rate = options.sample_rate or (8000 if digits else 16_000)
+    if rate % 1000:
+        raise UserError(f"--sample_rate {rate}: must be a multiple of 1,000", 2)
+    if options.split != "own" and not digits:
+        raise UserError("--split belongs to --dataset spoken_digits", 2)
+    frames = math.ceil((options.seconds or (0.768 if digits else 1.024)) / (16 * STRIDE / 1000) - 1e-9) * 16
+    length = frames * rate * STRIDE // 1000
+    if options.dataset in ("musdb", "synthetic"):
+        return ShortSounds(options.dataset, *stem_sounds(options, rate, frames, length))
+    title, entries = {"spoken_digits": spoken_digits, "speech_commands": speech_commands,
+                      "folder": labelled_folder}[options.dataset](options)
+
+    def load(entry: tuple[str, Path]) -> tuple[str, Tensor, bool]:
+        try:
+            return entry[0], *short_sound(read_audio(entry[1], "the dataset", rate=rate), rate, length)
+        except ValueError as error:
+            raise UserError(f"{entry[1]} can't be learned from ({error}): remove it") from None
+
+    rows, shortened, total = {}, 0, sum(map(len, entries.values()))
+    with progress(total, "reading sounds", delay=1) as bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for split, part in entries.items():
+            rows[split] = []
+            for label, sound, cut_off in pool.map(load, part):
+                rows[split].append((label, sound))
+                shortened += cut_off
+                bar.update()
+    if shortened:
+        say(f"{title}: {shortened} of {total} sounds are longer than {length / rate:.3g} s and were cut")
+    return ShortSounds(options.dataset, title, rate, frames, rows)
+
+
+def stem_sounds(options: ShortSoundOptions, rate: int, frames: int, length: int) -> tuple[str, int, int, dict]:
+    """Pieces of the stems of MUSDB18, or of made-up ones: the stem is the class"""
+    from torchaudio.functional import resample
+    told = DataOptions(options.dataset, musdb_root=options.data_root, num_samples=60)
+    dataset = DATASETS[options.dataset](told, SPLITS)
+    rows: dict[str, list[tuple[str, Tensor]]] = {"train": [], "test": []}
+    for split, tracks in (("train", dataset.train + dataset.valid), ("test", dataset.test)):
+        for track in tracks:
+            audio = resample(torch.from_numpy(np.array(track.audio)).float(), SAMPLE_RATE, rate)
+            for piece in audio.split(length) if track.stem != "mixture" else ():
+                with contextlib.suppress(ValueError):  # pauses are no sounds
+                    rows[split].append((track.stem, short_sound(piece, rate, length)[0]))
+    return dataset.title, rate, frames, rows
+
+
+def spoken_digits(options: ShortSoundOptions) -> tuple[str, dict[str, list[tuple[str, Path]]]]:
+    """The Free Spoken Digit Dataset: files DIGIT_SPEAKER_NUMBER.wav, by its own split or by speaker"""
+    root = options.data_root or HERE / "data" / "spoken_digits"
+    found = sorted(root.rglob("[0-9]_*_*.wav")) if root.is_dir() else []
+    files = {path.name: path for path in found if re.fullmatch(r"\d_[^_]+_\d+\.wav", path.name)}
+    if not files:
+        raise UserError(f"{root} holds no spoken digits (DIGIT_SPEAKER_NUMBER.wav): get them with --prepare_data, or "
+                        "name another folder with --data_root")
+    rows: dict[str, list[tuple[str, Path]]] = {"train": [], "test": []}
+    last = max(name.split("_")[1] for name in files)
+    for name, path in sorted(files.items()):
+        digit, speaker, count = name.removesuffix(".wav").split("_")
+        held_out = speaker == last if options.split == "speaker" else int(count) < 5
+        rows["test" if held_out else "train"].append((DIGITS[int(digit)], path))
+    return "Free Spoken Digit Dataset" + f" without {last}" * (options.split == "speaker"), rows
+
+
+def speech_commands(options: ShortSoundOptions) -> tuple[str, dict[str, list[tuple[str, Path]]]]:
+    """The ten digits of Google's Speech Commands (SC09), in its own split"""
+    from torchaudio.datasets import SPEECHCOMMANDS
+    root, rows = options.data_root or HERE / "data" / "speech_commands", {}
+    for split, part in (("train", "training"), ("test", "testing")):
+        try:
+            data = SPEECHCOMMANDS(root, subset=part)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{root} holds no Speech Commands ({first_line(error)}): get them with --prepare_data, or "
+                            "name another folder with --data_root") from None
+        entries = (data.get_metadata(i) for i in range(len(data)))
+        rows[split] = [(label, Path(root, "SpeechCommands", path) if not Path(path).is_absolute() else Path(path))
+                       for path, _, label, *_ in entries if label in DIGITS]
+    return "Speech Commands, digits", rows
+
+
+def labelled_folder(options: ShortSoundOptions) -> tuple[str, dict[str, list[tuple[str, Path]]]]:
+    """One's own sounds, CLASS/*.wav; train/CLASS and test/CLASS are the split where there are both, else a tenth of
+    each class (one at least) is held out"""
+    root = options.data_root
+    if root is None:
+        raise UserError("--dataset folder needs --data_root DIR, with a sub-folder of sounds for each class", 2)
+    files, rows = audio_files(root, "--data_root"), {"train": [], "test": []}
+    split = (root / "train").is_dir() and (root / "test").is_dir()
+    classes: dict[str, list[Path]] = {}
+    for path in files:
+        parts = path.relative_to(root).parts[split:-1]
+        label = parts[0] if parts else root.name
+        if split:
+            rows.setdefault(path.relative_to(root).parts[0], []).append((label, path))
+        else:
+            classes.setdefault(label, []).append(path)
+    for label, paths in classes.items():
+        if len(paths) < 2:
+            raise UserError(f"{root}: {label} has one sound, needed are two or more: add some or remove it")
+        order = by_hash(map(str, paths))
+        count = max(1, len(order) // 10)
+        rows["test"] += [(label, Path(path)) for path in order[:count]]
+        rows["train"] += [(label, Path(path)) for path in order[count:]]
+    return root.resolve().name, {split: rows[split] for split in ("train", "test")}
+
+
+ShortSoundFamily.data_options = {"train": ShortSoundOptions, "infer": WhichSounds, "evaluate": ShortSoundOptions}
+ShortSoundFamily.remembered = ("dataset", "data_root", "seconds", "sample_rate", "split")
+SoundFamily.data_options = {"train": TrainDataOptions, "infer": NoOptions, "evaluate": DataOptions}
 
 
 def check_writable(folder: Path) -> None:
@@ -1847,7 +2672,7 @@ def check_writable(folder: Path) -> None:
     (folder / ".write_test").unlink()
 
 
-def fetch(url: str, part: Path) -> None:
+def fetch(url: str, part: Path, title: str = "MUSDB18", flag: str = "--musdb_root") -> None:
     """Download into `part`, going on where an earlier attempt was cut; gives up after five that brought nothing."""
     import errno
     import http.client
@@ -1878,11 +2703,11 @@ def fetch(url: str, part: Path) -> None:
             reason = first_line(error)
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise UserError(f"can't write {part} ({reason}): free some space, or name another folder with "
-                                "--musdb_root") from None
+                                f"{flag}") from None
         idle = 0 if part.exists() and part.stat().st_size > before else idle + 1
         time.sleep(2 ** idle / 2 if 0 < idle < 5 else 0)
-    raise UserError(f"MUSDB18 can't be downloaded ({reason.strip('<>')}): connect to a network (the next run goes on "
-                    "where this one ended), name a folder that has it with --musdb_root, or use --dataset synthetic",
+    raise UserError(f"{title} can't be downloaded ({reason.strip('<>')}): connect to a network (the next run goes on "
+                    f"where this one ended), name a folder that has it with {flag}, or use --dataset synthetic",
                     NO_NETWORK)
 
 
@@ -1945,6 +2770,60 @@ def download_musdb(kind: str, root: Path) -> None:
     part.unlink()
 
 
+def download_digits(root: Path) -> None:
+    """Put the spoken digits into `root`, whole or not at all; checked by their contents, as GitHub packs its archives
+    anew now and then. SPOKEN_DIGITS_MIRROR names another server's folder."""
+    url, digest = SPOKEN_DIGITS
+    if root.is_dir() and any(root.iterdir()):
+        say(f"spoken digits: using what is in {root}")
+        return
+    check_writable(root.parent)
+    if os.environ.get("SPOKEN_DIGITS_MIRROR"):
+        url = f"{os.environ['SPOKEN_DIGITS_MIRROR'].rstrip('/')}/{url.rsplit('/', 1)[1]}"
+    part, fresh = (root.with_name(f".{root.name}.{end}") for end in ("zip.part", "fresh"))
+    say(f"spoken digits: downloading 16 MB, into {root}")
+    fetch(url, part, "the spoken digits", "--data_root")
+    try:
+        with zipfile.ZipFile(part) as archive:  # by their last names: no member leads out of the folder
+            sounds = {PurePosixPath(name).name: archive.read(name) for name in archive.namelist()
+                      if re.fullmatch(r"(.*/)?recordings/\d_[^_/]+_\d+\.wav", name)}
+        if contents_digest(sounds) != digest:
+            raise zipfile.BadZipFile(f"its {len(sounds)} recordings are not those of version 1.0.10")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        for name, content in sounds.items():
+            (fresh / name).write_bytes(content)
+        os.replace(fresh, root)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        part.unlink()
+        raise UserError(f"the downloaded spoken digits are damaged ({first_line(error)}) and were deleted: run this "
+                        "again", NO_NETWORK) from None
+    except OSError as error:
+        raise UserError(f"can't unpack the spoken digits into {root} ({error.strerror or error}): free some space, or "
+                        "name another folder with --data_root") from None
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    part.unlink()
+
+
+def contents_digest(files: dict[str, bytes]) -> str:
+    """SHA-256 over names and contents, in the order of the names"""
+    rows = (f"{name} {hashlib.sha256(content).hexdigest()}\n" for name, content in sorted(files.items()))
+    return hashlib.sha256("".join(rows).encode()).hexdigest()
+
+
+def download_commands(root: Path) -> None:
+    """By torchaudio, which checks the archive"""
+    from torchaudio.datasets import SPEECHCOMMANDS
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        SPEECHCOMMANDS(root, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"Speech Commands can't be downloaded ({first_line(error).strip('<>')}): connect to a network, "
+                        "name a folder that has them with --data_root, or use --dataset synthetic",
+                        NO_NETWORK) from None
+
+
 # === metrics ===
 
 INAUDIBLE = 1e-4  # RMS; a reference below it (-80 dB) has no meaningful ratio to an error
@@ -1995,6 +2874,13 @@ def mel_metrics(estimate: Tensor, reference: Tensor, frames: Tensor,
         convergence = (ours - true).norm(dim=1) / true.norm(dim=1)
         values["mel_spectral_convergence"] = convergence.masked_fill(silent, math.nan)
     return values
+
+
+def whole_mels(prep: AudioPreprocessor, estimate: Tensor, reference: Tensor) -> dict[str, Tensor]:
+    """`mel_metrics` of two sounds [L]"""
+    mels = [prep.standardise(prep.log_mel(F.pad(sound, (0, -len(sound) % HOP))[None].to(prep.mean.device)))
+            for sound in (estimate, reference)]
+    return mel_metrics(*mels, torch.tensor([mels[1].shape[2]], device=prep.mean.device))
 
 
 def power_spectra(audio: Tensor, window: int, hop: int) -> Tensor:
@@ -2129,24 +3015,25 @@ def held_out(model: Family, data: Any, device: torch.device, count: int | None =
     return {key: value / total for key, value in sums.items()}
 
 
+class Row(NamedTuple):
+    """Of a table of metrics: what was made of some clips"""
+    name: str
+    mel: Tensor | None  # standardised log-mel [B M T]; None: that of the sound
+    sound: Tensor | None  # [B CLIP]
+    columns: dict[str, list] = {}  # figures that are known
+
+
 @torch.no_grad()
-def sounds(model: SoundFamily, audio: Tensor, frames: Tensor) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
-    """What is measured of clips [B CLIP]: (row, standardised log-mel [B M T] or None for that of the sound, sound or
-    None)."""
+def sounds(model: SoundFamily, audio: Tensor, frames: Tensor) -> Iterator[Row]:
+    """What is measured of clips [B CLIP], of which `frames` [B] hold sound"""
     prep = model.preprocessor
-    decoded, true_mel = model.decode(model.encode(audio, frames)), prep.log_mel(audio)
-    if model.per_frame == 1:
-        yield "model_mel", decoded, None
-    for phase in model.phases:
-        yield "model" if len(model.phases) == 1 else f"model_{phase}", None, model.render(decoded, phase, audio)
-    for name, plain in model.baselines(audio, frames).items():
-        row = (plain, None) if model.per_frame == 1 else (None, model.render(plain, model.phases[0], audio))
-        yield f"without_network_{name}", *row
-    for phase in SoundFamily.phases:
-        yield f"ceiling_true_mel_{phase}", None, to_audio(prep, true_mel, audio.shape[1], phase, audio)
+    yield from model.rows(audio, frames)
+    true_mel = prep.log_mel(audio)
+    for phase in PHASES:
+        yield Row(f"ceiling_true_mel_{phase}", None, to_audio(prep, true_mel, audio.shape[1], phase, audio))
     mean = torch.zeros_like(true_mel)
-    yield "floor_mean_spectrum", mean, None
-    yield "floor_mean_spectrum_griffinlim", None, to_audio(prep, prep.unstandardise(mean), audio.shape[1])
+    yield Row("floor_mean_spectrum", mean, None)
+    yield Row("floor_mean_spectrum_griffinlim", None, to_audio(prep, prep.unstandardise(mean), audio.shape[1]))
 
 
 def measure_rows(model: SoundFamily, clips: Sequence[tuple[Track, int]], title: str = "") -> dict[str, Any]:
@@ -2160,12 +3047,13 @@ def measure_rows(model: SoundFamily, clips: Sequence[tuple[Track, int]], title: 
             batch = clip_batch(part, device)
             samples = torch.tensor([min(CLIP, len(track.audio) - start) for track, start in part])
             target = prep.standardise(prep.log_mel(batch.audio))
-            for row, mel, sound in sounds(model, batch.audio, batch.frames):
+            for row, mel, sound, columns in sounds(model, batch.audio, batch.frames):
                 mel = prep.standardise(prep.log_mel(sound)) if mel is None else mel
-                columns = {name: value.tolist()
-                           for name, value in mel_metrics(mel, target, batch.frames, prep).items()}
+                reasons.setdefault(row, {"kbit_per_second": "a part of a clip weighs as much as all of it"})
+                columns = columns | {name: value.tolist()
+                                     for name, value in mel_metrics(mel, target, batch.frames, prep).items()}
                 if sound is not None:
-                    columns |= wave_metrics(sound, batch.audio, samples, reasons.setdefault(row, {}))
+                    columns |= wave_metrics(sound, batch.audio, samples, reasons[row])
                 values.setdefault(row, []).extend(dict(zip(columns, clip)) for clip in zip(*columns.values()))
             bar.update(len(part))
     stems = [track.stem for track, _ in clips]
@@ -2197,88 +3085,305 @@ def print_rows(rows: dict[str, Any], stem: str) -> None:
             say(f"{metric}: {entry['reason']}")
 
 
+# === metrics of drawn sounds ===
+
+FRECHET, KERNEL = "fd", "kernel_distance"  # what the distances are called
+EVALUATION_SHARE = 0.1  # of an epoch's work may go into measuring it
+NEIGHBOURS = 3  # k of precision and recall, as in [Kynk19]
+CLASS_FIGURES = ("class_share_min", "class_share_max", "classes_covered", "class_balance", "label_agreement")
+
+
+class Features(NamedTuple):
+    vectors: Tensor  # [N D] float32
+    logits: Tensor  # [N K]
+
+
+@dataclass(frozen=True)
+class FeatureNet:
+    """A frozen network that turns examples into feature vectors and class logits."""
+    name: str
+    width: int
+    digest: str
+    apply: Callable[[Tensor], tuple[Tensor, Tensor]]  # of images, uint8 [B C H W]; of sounds, float [B L]
+    names_classes: bool  # its classes are those of the data, so that balance can be judged
+
+    @torch.no_grad()
+    def __call__(self, examples: Tensor, batch: int = 250) -> Features:
+        """Examples [N ...] as `apply` takes them -> Features on the CPU"""
+        vectors, logits = zip(*map(self.apply, examples.split(batch)), strict=True)
+        return Features(torch.cat(vectors).float().cpu(), torch.cat(logits).float().cpu())
+
+    def describe(self) -> str:
+        return f"{self.name} ({self.digest[:12]})"
+
+
+def by_torchmetrics(kind: Any, *updates: tuple, **options: Any) -> Any:
+    """A metric of torchmetrics over features that are at hand: its "feature net" returns what it is given."""
+    net = nn.Identity()
+    net.num_features = updates[0][0].shape[1]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that it keeps features, which are few here,
+        torch.manual_seed(0)  # and shuffles with the global generator
+        metric = kind(net, sync_on_compute=False, **options)  # rank 0 measures alone: it must not wait for the others
+        for update in updates:
+            metric.update(*update)
+        return metric.compute()
+
+
+def frechet_distance(estimate: Tensor, reference: Tensor) -> float:
+    """Frechet distance of the Gaussians fitted to two sets of vectors [N D] ([Heusel17])."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    return by_torchmetrics(FrechetInceptionDistance, (reference, True), (estimate, False)).item()
+
+
+def inception_score(logits: Tensor) -> tuple[float, float]:
+    """exp of the mean KL(p(y|x) || p(y)), mean and standard deviation over ten splits ([Salim16])."""
+    from torchmetrics.image.inception import InceptionScore
+    mean, deviation = by_torchmetrics(InceptionScore, (logits,), splits=min(10, len(logits)))
+    return mean.item(), deviation.nan_to_num().item()
+
+
+def kernel_distance(estimate: Tensor, reference: Tensor) -> tuple[float, float]:
+    """KID: squared MMD with a cubic kernel, mean and standard deviation over 50 subsets ([Bink18]). Of few vectors a
+    subset takes half, so that subsets differ; at least four are needed."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+    size = min(1000, len(estimate) // 2, len(reference) // 2)
+    mean, deviation = by_torchmetrics(KernelInceptionDistance, (reference, True), (estimate, False), subsets=50,
+                                      subset_size=size)
+    return mean.item(), deviation.item()
+
+
+def precision_recall(estimate: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Share of estimates inside the reference's manifold, and the other way round: balls around each point that reach
+    its third neighbour ([Kynk19])."""
+
+    def radii(points: Tensor) -> Tensor:
+        return torch.cat([torch.cdist(rows, points).kthvalue(NEIGHBOURS + 1, dim=1).values
+                          for rows in points.split(1000)])  # + 1: each point is its own nearest
+
+    def covered(points: Tensor, centres: Tensor) -> float:
+        reach = radii(centres)
+        inside = [(torch.cdist(rows, centres) <= reach).any(1) for rows in points.split(1000)]
+        return torch.cat(inside).float().mean().item()
+
+    return covered(estimate, reference), covered(reference, estimate)
+
+
+def nearest_distance(pictures: Tensor, train: Tensor) -> Tensor:
+    """Euclidean pixel distance (levels 0..255) of each picture to the nearest training picture: uint8 -> [N]."""
+    pictures, columns = pictures.flatten(1).float(), train.flatten(1).float()
+    lengths = columns.square().sum(1)
+    nearest = [(lengths - 2 * rows @ columns.T).min(1).values + rows.square().sum(1) for rows in pictures.split(500)]
+    return torch.cat(nearest).clamp(min=0).sqrt()
+
+
+def measure(estimate: Features, reference: Features, net: FeatureNet, asked: Tensor | None = None,
+            quick: bool = False) -> tuple[dict[str, float | None], dict[str, str]]:
+    """All metrics of a set of examples against a reference, and the reasons for those that could not be computed.
+    `asked` [N] are the labels that they were drawn for; `quick` leaves out the last three."""
+    values: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
+    count, name = min(len(estimate.vectors), len(reference.vectors)), net.name
+    for metric, least, *keys in (
+            (lambda *sets: [frechet_distance(*sets)], net.width, f"{FRECHET}_{name}"),  # covariances need full rank
+            (lambda *_: inception_score(estimate.logits), 0, f"is_{name}", f"is_{name}_std"),
+            (kernel_distance, NEIGHBOURS, f"{KERNEL}_{name}", f"{KERNEL}_{name}_std"),
+            (precision_recall, NEIGHBOURS, f"precision_{name}", f"recall_{name}"))[:3 if quick else 4]:
+        if count > least:
+            values |= zip(keys, metric(estimate.vectors, reference.vectors))
+        else:
+            values |= dict.fromkeys(keys)
+            reasons |= dict.fromkeys(keys, f"needs more than {least} {SUBJECT.unit}s, not {count}")
+    predicted = estimate.logits.argmax(1)
+    if net.names_classes:
+        shares = torch.bincount(predicted, minlength=estimate.logits.shape[1]) / len(predicted)
+        values |= {"class_share_min": shares.min().item(), "class_share_max": shares.max().item(),
+                   "classes_covered": (shares * len(shares) >= 0.1).sum().item(),  # a tenth of an equal share
+                   "class_balance": (torch.special.entr(shares).sum() / math.log(len(shares))).item()}
+        if asked is not None and not quick:
+            values["label_agreement"] = (predicted == asked.cpu()).float().mean().item()
+    reason = f"the {SUBJECT.unit}s were not drawn for given labels" if net.names_classes else \
+        f"the classes of {name} are not those of the data"
+    for key in () if quick else CLASS_FIGURES:
+        if key not in values:
+            values[key], reasons[key] = None, reason
+    for key, value in values.items():  # NaN or infinity is no result
+        if value is not None and not math.isfinite(value):
+            values[key], reasons[key] = None, f"the result was {value}"
+    return values, reasons
+
+
+def proportional_labels(data: DataInfo, count: int, labelled: bool = True) -> Tensor | None:
+    """Labels [N] in the proportions of the training set, in a fixed shuffled order; None for unlabelled data."""
+    shares = torch.tensor(data.class_counts, dtype=torch.float64).cumsum(0)
+    if len(shares) < 2 or not labelled:
+        return None
+    labels = torch.searchsorted(shares / shares[-1], (torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    return labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+
+
+def classifier_net(path: Path, device: torch.device, data: DataInfo) -> FeatureNet:
+    """The feature net `<dataset>_cnn` from the checkpoint of a classifier of the same classes and kind of sounds"""
+    state = load_checkpoint(path)
+    if state["family"] != "classifier":
+        raise UserError(f"{path} holds a {state['family']} model: a --model classifier is needed there")
+    for key in ("sample_rate", "frames", "classes"):
+        if state["data"].get(key) != getattr(data, key):
+            known, needed = (str(value)[:60] for value in (state["data"].get(key), getattr(data, key)))
+            raise UserError(f"{path} was trained with {key} {known}, {data.title} has {needed}: name a matching one "
+                            "with --classifier")
+    model = restore_model(state).to(device).eval()
+    return FeatureNet(f"{state['data']['dataset']}_cnn", model.config.features, file_digest(path),
+                      lambda sounds: model(model.picture(sounds.float().to(device))), True)
+
+
+def find_feature_net(options: MeasureOptions, data: DataInfo, device: torch.device) -> tuple[FeatureNet | None, str]:
+    """The classifier that was asked for, or one that fits the data; else None and the reason"""
+    usual = [HERE / folder / SoundClassifier.file_name(data) for folder in ("pretrained", "models")]
+    for path in [options.classifier] if options.classifier else [path for path in usual if path.exists()]:
+        return classifier_net(path, device, data), ""
+    return None, f"no classifier for {data.title}: train one with --model classifier --dataset {data.dataset}"
+
+
+@torch.no_grad()
+def generate(model: SoundDiffusion, labels: Tensor | None, count: int, batch: int, title: str = "",
+             ) -> Iterator[tuple[range, Tensor]]:
+    """Yield (numbers, sounds [b L] on the CPU) for sounds 0..count-1, which go through `labels` in turn."""
+    device = next(model.parameters()).device
+    with progress(count, title, not title, unit="sound", leave=False) as bar:
+        for start in range(0, count, batch):
+            numbers = range(start, min(start + batch, count))
+            chosen = None if labels is None else labels[[i % len(labels) for i in numbers]].to(device)
+            yield numbers, model.sound(model.sample(chosen, Noise(model.config.seed, numbers, device))).cpu()
+            bar.update(len(numbers))
+
+
+def generate_all(model: SoundDiffusion, labels: Tensor | None, count: int, batch: int, title: str = "") -> Tensor:
+    """Sounds 0..count-1, [N L]"""
+    return torch.cat([sounds for _, sounds in generate(model, labels, count, batch, title)])
+
+
+@torch.no_grad()
+def way_back(model: ShortSoundFamily, sounds: Tensor) -> Tensor:
+    """Real sounds [N L] through picture and phase: what the best model could not do better"""
+    device = next(model.parameters()).device
+    return torch.cat([model.sound(model.picture(part.float().to(device))).cpu() for part in sounds.split(100)])
+
+
+@torch.no_grad()
+def evaluate_samples(options: MeasureOptions, model: SoundDiffusion, data: ShortSounds) -> dict[str, Any]:
+    """Draw, measure, and measure as many real training sounds in the same way: as they are, and through picture and
+    phase, so that the model's error and that of the way back are told apart."""
+    device = next(model.parameters()).device
+    net, reason = find_feature_net(options, model.data, device)
+    say(f"measured by {net.describe()}" if net else f"no fd: {reason}")
+    count = options.eval_samples or min(2000, len(data.test))
+    labels, started = proportional_labels(model.data, count, model.labelled), time.perf_counter()
+    drawn = generate_all(model, labels, count, 64, "drawing")
+    seconds = time.perf_counter() - started
+    order, reference = some_rows(data.train, count), data.test[some_rows(data.test, count)]
+    common = {"n": count, "n_floor": len(order), "n_reference": len(reference), "reference": "test"}
+    real, asked = data.train[order], data.train_labels[order]
+    again, metrics = way_back(model, real), {}
+    if net is None:
+        metrics[FRECHET] = {"value": None, "reason": reason}
+    else:
+        target = net(reference)
+        (values, reasons), (floors, _), (back, _) = (measure(net(sounds), target, net, given) for sounds, given in (
+            (drawn, labels), (real, asked), (again, asked)))
+        for key, value in values.items():
+            metrics[key] = {"value": value, "floor": floors[key], "way_back": back[key], **common, "feature_net":
+                            net.name, "feature_net_sha256": net.digest} | (
+                                {"reason": reasons[key]} if key in reasons else {})
+    second = options.second_classifier or SUBJECT.shipped("classifier", f"{model.data.dataset}_cepstrum")
+    if labels is not None and (options.second_classifier or second.exists()):
+        judge = classifier_net(second, device, model.data)
+        shares = [(judge(sounds).logits.argmax(1) == given).float().mean().item()
+                  for sounds, given in ((drawn, labels), (real, asked), (again, asked))]
+        metrics["label_agreement_second"] = dict(zip(("value", "floor", "way_back"), shares)) | common | {
+            "feature_net": "second classifier", "feature_net_sha256": judge.digest}
+    train, *parts = (torch.cat([to_uint8(model.picture(part.float().to(device))).cpu() for part in sounds.split(500)])
+                     for sounds in (data.train, drawn, reference))
+    distances = nearest_distance(parts[1], train)
+    threshold = torch.quantile(distances, 0.01)
+    near = [(d < threshold).float().mean().item() for d in (nearest_distance(parts[0], train), distances)]
+    metrics["near_copies"] = {"value": near[0], "floor": near[1], **common, "threshold": threshold.item(), "definition":
+                              "share of sounds nearer to a training sound (Euclidean distance of log-mel pictures) "
+                              "than the nearest hundredth of the test sounds is; the floor is the test sounds' share"}
+    return {"num_samples": count, "sampling_seconds": round(seconds, 1),
+            "seconds_per_second_of_sound": seconds / (drawn.numel() / model.data.sample_rate), "metrics": metrics}
+
+
 # === regeneration ===
 
 FADE = 32  # frames over which neighbouring chunks of a long file are blended: 0.64 s; they overlap at least so far
 PIECE = 1000  # frames that are made audible at a time, 20 s: what stays in the cache is three times as fast
 
 
-def chunk_starts(model: SoundFamily, length: int) -> list[int]:
-    """First frames of the clips that a file of so many samples is cut into: they overlap. A short last one that would
-    cost as much as a whole one is moved back to be one."""
-    frames, overlap = max(1, -(-length // HOP)), FADE + 2 * model.margin
-    starts = list(range(0, max(1, frames - overlap), FRAMES - overlap))
-    if model.whole_clips and len(starts) > 1:
-        starts[-1] = frames - FRAMES
-    return starts
+def clip_count(model: MelFamily, length: int) -> int:
+    """Clips that so many samples are cut into: they overlap by FADE and by what the model decodes worse"""
+    frames, overlap = -(-length // HOP), FADE + 2 * model.margin
+    return -(-max(1, frames - overlap) // (FRAMES - overlap)) if frames else 0
 
 
-def numbers_per_second(model: MelFamily, length: int = CLIP) -> float:
-    """Of a file of so many samples, with what its chunks' overlaps cost"""
-    return len(chunk_starts(model, length)) * model.chosen_count * SAMPLE_RATE / max(1, length)
+def clip_start(model: MelFamily, length: int, number: int) -> int:
+    """First frame of a clip. The last one is moved back: a part of a clip would cost as much as a whole one."""
+    return max(0, min(number * (FRAMES - FADE - 2 * model.margin), -(-length // HOP) - FRAMES))
 
 
-@torch.no_grad()
-def decode_long(model: SoundFamily, audio: Tensor, batch: int = 8) -> Tensor:
-    """Waveform [L] of any length -> decoded [1 R frames * per_frame], in chunks of one clip that are blended linearly
-    in the middle of their overlap, so that a seam has no edge and takes nothing from the chunks' own margins."""
-    frames, scale, starts = max(1, -(-len(audio) // HOP)), model.per_frame, chunk_starts(model, len(audio))
-    padded = F.pad(audio, (0, starts[-1] * HOP + CLIP - len(audio)))
-    whole, device = None, next(model.parameters()).device
-    ramp = (torch.arange(FADE * scale) + 0.5) / (FADE * scale)
-    end = 0  # of the chunk before
+def clips_of(model: MelFamily, audio: Tensor, batch: int = 8) -> Iterator[Tensor]:
+    """Waveform [L] of any length -> its clips [B CLIP]"""
+    padded, device = F.pad(audio, (0, CLIP)), next(model.parameters()).device
+    starts = [HOP * clip_start(model, len(audio), n) for n in range(clip_count(model, len(audio)))]
     for first in range(0, len(starts), batch):
-        part = starts[first:first + batch]
-        chunks = torch.stack([padded[s * HOP:s * HOP + CLIP] for s in part]).to(device)
-        sound = torch.tensor([min(FRAMES, frames - s) for s in part], device=device)
-        for start, decoded in zip(part, model.decode(model.encode(chunks, sound)).cpu()):
-            if whole is None:
-                whole = decoded.new_zeros(len(decoded), (starts[-1] + FRAMES) * scale)
-            skip = (end - start - FADE) // 2 * scale if start > 0 else 0  # up to the middle of the overlap
-            if start > 0:
-                before = whole[:, start * scale + skip:][:, :len(ramp)]
-                decoded[:, skip:skip + len(ramp)] = before * (1 - ramp) + decoded[:, skip:skip + len(ramp)] * ramp
-            end = start + FRAMES
-            whole[:, start * scale + skip:end * scale] = decoded[:, skip:]
-    return whole[None, :, :frames * scale]
+        yield torch.stack([padded[start:start + CLIP] for start in starts[first:first + batch]]).to(device)
+
+
+def joined(model: MelFamily, parts: Iterable[Tensor], length: int) -> Tensor:
+    """The first decoded clips [B M FRAMES] of so many samples -> [1 M T], blended linearly in the middle of their
+    overlap, so that a seam has no edge and takes nothing from the clips' own margins."""
+    clips = [clip for part in parts for clip in part.cpu()]
+    starts = [clip_start(model, length, n) for n in range(len(clips))]
+    whole, ramp = clips[0].new_zeros(len(clips[0]), starts[-1] + FRAMES), (torch.arange(FADE) + 0.5) / FADE
+    for before, start, clip in zip([None, *starts], starts, clips):
+        skip = 0 if before is None else (before + FRAMES - start - FADE) // 2  # up to the middle of the overlap
+        if before is not None:
+            clip[:, skip:skip + FADE] = torch.lerp(whole[:, start + skip:][:, :FADE], clip[:, skip:skip + FADE], ramp)
+        whole[:, start + skip:start + FRAMES] = clip[:, skip:]
+    return whole[None, :, :-(-length // HOP)]
 
 
 @torch.no_grad()
-def render_long(model: Family, decoded: Tensor, phase: str, audio: Tensor) -> Tensor:
-    """Decoded [1 R ...] -> waveform as long as `audio` [L], 20 s at a time; pieces overlap and are blended so that
-    their power stays even, whether their phases agree there or not."""
-    frames, device, scale = decoded.shape[-1] // model.per_frame, next(model.parameters()).device, model.per_frame
-    padded = F.pad(audio, (0, frames * HOP - len(audio)))
+def render_long(model: MelFamily, decoded: Tensor) -> Tensor:
+    """Decoded [1 M T] -> waveform [T HOP], 20 s at a time; pieces overlap and are blended so that their power stays
+    even, whether their phases agree there or not."""
+    frames, device = decoded.shape[-1], next(model.parameters()).device
     result, ramp = torch.zeros(frames * HOP), (torch.arange(FADE * HOP) + 0.5) / (FADE * HOP)
     for start in range(0, max(1, frames - FADE), PIECE - FADE):
         end = min(frames, start + PIECE)
-        original = padded[None, start * HOP:end * HOP].to(device)
-        piece = model.render(decoded[..., start * scale:end * scale].to(device), phase, original)[0].cpu()
+        piece = model.render(decoded[..., start:end].to(device))[0].cpu()
         if start > 0:
             before, after = result[start * HOP:(start + FADE) * HOP], piece[:FADE * HOP]
             alike = (before @ after / (before.norm() * after.norm()).clamp(min=1e-9)).clamp(min=0)
             power = (ramp.square() + (1 - ramp).square() + 2 * alike * ramp * (1 - ramp)).sqrt()
             piece[:FADE * HOP] = (before * (1 - ramp) + after * ramp) / power
         result[start * HOP:end * HOP] = piece
-    return result[:len(audio)]
+    return result
 
 
-def write_wav(path: Path, audio: Tensor) -> None:
+def write_wav(path: Path, audio: Tensor, rate: int = SAMPLE_RATE) -> None:
     """16-bit mono WAV; the caller has made sure that it does not clip."""
     import soundfile
     buffer = io.BytesIO()  # a full disk is then an OSError
-    soundfile.write(buffer, audio.numpy(), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    soundfile.write(buffer, audio.numpy(), rate, format="WAV", subtype="PCM_16")
     with replacing(path) as part:
         part.write_bytes(buffer.getbuffer())
 
 
-def level_matched(estimate: Tensor, original: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Both as loud as `original`; if a peak would clip, both are turned down together, by the gain that comes third."""
-    level = original.square().mean().sqrt() / estimate.square().mean().sqrt().clamp(min=1e-9)
-    estimate = estimate * level.clamp(max=1000)
-    peak = max(estimate.abs().max().item(), original.abs().max().item())
-    gain = min(1.0, 0.999 / peak) if peak > 0 else 1.0
-    return estimate * gain, original * gain, gain
+def as_loud(estimate: Tensor, level: float) -> Tensor:
+    """With this root mean square, or less where a peak would clip"""
+    now, peak = (max(1e-9, value.item()) for value in (estimate.square().mean().sqrt(), estimate.abs().max()))
+    return estimate * min(1000, level / now, 0.999 / peak)
 
 
 def output_folder(folder: Path, given: bool) -> Path:
@@ -2300,84 +3405,21 @@ def outputs_apart(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
                         "with different --output_dir", 2)
 
 
-def measured(model: SoundFamily, path: Path, original: Tensor) -> dict[str, Any]:
-    """Figures of exactly what was written, against the original as it would be written beside it, of the same length"""
-    estimate, silent = read_audio(path), original.square().mean() < INAUDIBLE**2
-    wave = {m.__name__: None if silent else attempt(m, estimate, original)[0] for m in (snr_db, si_sdr_db)}
-    prep, pad = model.preprocessor, (0, -len(original) % HOP)
-    ours, true = (prep.standardise(prep.log_mel(F.pad(sound, pad)[None].to(prep.mean.device)))
-                  for sound in (estimate, original))
-    return wave | {"mel_mse": mel_metrics(ours, true, torch.tensor([true.shape[2]]))["mel_mse"].item()}
-
-
-def regenerate(model: SoundFamily, file: Path, target: Path, phase: str) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Give one file back, say how well -> (its record, the original as loud as the result, the result)"""
-    audio, started = read_audio(file), time.perf_counter()
-    raw = render_long(model, decode_long(model, audio), phase, audio)
-    if not torch.isfinite(raw).all():
-        raise UserError(f"{file}: the result is not finite; use --precision float32")
-    estimate, original, gain = level_matched(raw, audio)
-    write_wav(target, estimate)
-    seconds, rate = len(audio) / SAMPLE_RATE, numbers_per_second(model, len(audio))
-    spent = time.perf_counter() - started
-    say(f"{file} ({seconds:.1f} s, {rate:.4g} numbers per second, {seconds / spent:.1f} x real time) -> {target}")
-    figures = measured(model, target, original)
-    snr, si_sdr, mel = ("-" if value is None else f"{value:.2f}" for value in figures.values())
-    lower = f"; {-20 * math.log10(gain):.1f} dB below the input, so that no peak clips" if gain < 0.99 else ""
-    say(f"  SNR {snr} dB, SI-SDR {si_sdr} dB, mel error {mel}{lower}")
-    return {"input": str(file), "output": str(target), "seconds": round(seconds, 3), "gain": round(gain, 5),
-            "latent_numbers_per_second": round(rate, 2), **figures}, original, estimate
-
-
-def run_infer(command: Command, world: World) -> int:
-    """--mode infer: write each file's regeneration, then say how near it is"""
-    options = command.options(FAMILIES[command.key].options["infer"])
-    model = command.model(world)
-    phase = getattr(options, "phase", model.phases[0])
-    results = output_folder(command.given.get("results_dir") or HERE / "results", "results_dir" in command.given)
-    output = output_folder(options.output_dir, True) if options.output_dir else results
-    files = options.input or sorted((HERE / "examples").glob("*.flac"))
-    if not files:
-        raise UserError(f"no example in {HERE / 'examples'}: name audio files with --input")
-    targets = [output / f"{file.stem}_reconstructed.wav" for file in files] if options.input else \
-        [output / f"audio_reconstructed_{i}.wav" for i in range(len(files))]
-    beside = [] if options.input else [output / f"audio_original_{i}.wav" for i in range(len(files))]
-    outputs_apart([*targets, *beside, results / "inference.json", results / "inference_comparison.png"], files)
-    say(f"{title_of(model)}, {phase_note(phase)}, from {command.path}"
-        + " (the shipped weights)" * (command.path.parent == HERE / "pretrained"))
-    if options.export:
-        export_model(model, command.state, options.export)
-    records, columns = [], []
-    for i, (file, target) in enumerate(zip(files, targets)):
-        record, original, estimate = regenerate(model, file, target, phase)
-        records.append(record)
-        if beside:
-            write_wav(beside[i], original)
-        columns += [(file.stem[:32], original, estimate)] * (i < 2)
-    comparison_figure(results / "inference_comparison.png", title_of(model, phase_note(phase)), columns, model)
-    write_json(results / "inference.json", {
-        "model": command.key, "checkpoint": str(command.path), "phase": phase, "original_phase": UPPER_BOUND,
-        "files": records, "machine": provenance(), "metrics": definitions("snr_db", "si_sdr_db", "mel_mse")})
-    say(f"-> {results / 'inference_comparison.png'}, {results / 'inference.json'}")
-    return 0
-
-
 # === codec files ===
 # header | chunk | chunk ...: a chunk is its length, its content and a CRC-32 of both that starts from its number; all
 # numbers are little-endian.
 
 MAGIC, VERSION = b"IAGC", 1
 HEADER = struct.Struct("<4sB8sIBBHQ")  # magic, version, digest of the model, Hz, channels, bits, step, samples
-RATES = (16_000, 44_100, 48_000)  # that are coded as they are
 GROUP = 8  # chunks that are decoded at a time
 
 
 class Header(NamedTuple):
-    digest: bytes
+    digest: bytes  # of the model
     rate: int
     channels: int
     bits: int  # of a sample of the WAV file that is asked for: 16, 24, or 32 for floating point
-    step: int
+    step: int  # index of the quantiser's step
     samples: int
 
     def pack(self) -> bytes:
@@ -2393,7 +3435,6 @@ def unfit(path: Path, error: Exception) -> UserError:
 @contextlib.contextmanager
 def open_sound(path: Path, told: bool = False) -> Iterator[Any]:
     """A soundfile of one or two channels at one of RATES, whatever the file is; resampled in memory if it must be."""
-    import tempfile
 
     import soundfile
     if not path.is_file():
@@ -2514,14 +3555,22 @@ def decorrelated(lines: np.ndarray, rate: int) -> tuple[np.ndarray, bytes]:
     return turned(lines, rate, angles, 1), angles.tobytes()
 
 
-def pack_chunk(coder: Coder, lines: np.ndarray, rate: int, index: int, place: int) -> bytes:
-    """The MDCT of a chunk [C T N] -> its record at this place of the file"""
+def pack_chunk(coder: Coder, lines: np.ndarray, rate: int, index: int) -> bytes:
+    """The MDCT of a chunk [C T N] -> its content"""
     lines, side = decorrelated(lines, rate)
     step = step_size(index)
     quantised = coder.quantise(lines, rate, step)
-    content = coder.pack(quantised, side + centres_of(quantised.values, lines / step).tobytes())
-    record = struct.pack("<I", len(content)) + content
-    return record + struct.pack("<I", zlib.crc32(record, place))
+    return coder.pack(quantised, side + centres_of(quantised.values, lines / step).tobytes())
+
+
+def write_file(target: Path, header: Header, contents: Iterable[bytes]) -> int:
+    """Header and chunks -> size of the file in bytes"""
+    with writer_lock(target), replacing(target) as part, open(part, "wb") as out:
+        size = out.write(header.pack())
+        for place, content in enumerate(contents):
+            record = struct.pack("<I", len(content)) + content
+            size += out.write(record + struct.pack("<I", zlib.crc32(record, place)))
+    return size
 
 
 SAMPLED = 1600  # frames from all over a file by which its step is chosen
@@ -2556,10 +3605,8 @@ def encode_file(coder: Coder, config: CodecConfig, source: Path, target: Path, b
         while True:
             file.seek(0)
             header = Header(coder.digest, rate, file.channels, bits, index, file.frames)
-            with writer_lock(target), replacing(target) as part, open(part, "wb") as out:
-                spent = 8 * (out.write(header.pack()) + sum(
-                    out.write(pack_chunk(coder, lines, rate, index, place))
-                    for place, lines in enumerate(lines_of(file, source))))
+            spent = 8 * write_file(target, header, (pack_chunk(coder, lines, rate, index)
+                                                    for lines in lines_of(file, source)))
             known.append((index, spent))
             change = min(FINEST - index, next_change(known, wanted, file.channels * frames * size))
             most, tolerance = (2, 0.02) if share < 1 else (5, 0.01)
@@ -2587,11 +3634,11 @@ def writer_lock(target: Path) -> Iterator[None]:
         held.close()
 
 
-def read_header(file: Any, path: Path, coder: Coder) -> Header:
-    """Of an open codec file; an error says what is the matter with it."""
+def read_header(file: Any, path: Path, coder: SymbolCoder) -> Header:
+    """Of an open file; an error says what is the matter with it."""
     data = file.read(HEADER.size + 4)
     if data[:4] != MAGIC:
-        raise UserError(f"{path} is no file of this codec: give one that --encode wrote")
+        raise UserError(f"{path} is no file of this script: give one that --encode wrote")
     if data[4:5] != bytes([VERSION]):
         raise UserError(f"{path} is of version {data[4] if len(data) > 4 else '?'} of the format, this script reads "
                         f"{VERSION}: use a newer script")
@@ -2601,22 +3648,22 @@ def read_header(file: Any, path: Path, coder: Coder) -> Header:
     if header.digest != coder.digest:
         raise UserError(f"{path} was written with another model ({header.digest.hex()}, this one is "
                         f"{coder.digest.hex()}): name that model's file with --checkpoint")
-    if header.rate not in RATES or header.channels not in (1, 2) or header.bits not in (16, 24, 32):
+    if header.rate not in coder.rates or header.channels not in coder.channels or header.bits not in (16, 24, 32):
         raise UserError(f"the header of {path} makes no sense: get another copy")
     return header
 
 
-def read_chunks(file: Any, header: Header) -> Iterator[tuple[bytes, int]]:
-    """(content, frames) of each chunk; ValueError where one is damaged or missing"""
-    frames = -(-header.samples // frame_size(header.rate))
-    for start in range(0, frames, CHUNK_FRAMES):
+def read_chunks(file: Any, counts: Iterable[int]) -> Iterator[tuple[bytes, int]]:
+    """(content, count) of each chunk, of whose frames or clips there are so many; ValueError where one is damaged or
+    missing"""
+    for place, count in enumerate(counts):
         length = file.read(4)
         content = file.read(min(int.from_bytes(length, "little"), 1 << 24))  # no chunk has as much
         if len(check := file.read(4)) < 4:
             raise ValueError("it ends too early")
-        if zlib.crc32(length + content, start // CHUNK_FRAMES) != int.from_bytes(check, "little"):
+        if zlib.crc32(length + content, place) != int.from_bytes(check, "little"):
             raise ValueError("its checksum is wrong")
-        yield content, min(CHUNK_FRAMES, frames - start)
+        yield content, count
     if file.read(1):
         raise ValueError("there is more than its header promises")
 
@@ -2632,32 +3679,29 @@ def decoded_lines(coder: Coder, header: Header, chunks: Sequence[tuple[bytes, in
         yield turned(lines, header.rate, np.frombuffer(content[:pan], np.uint8), -1) if pan else lines
 
 
-@one_thread()
-def decode_file(coder: Coder, source: Path, target: Path, salvage: bool = False,
+def decode_file(coder: SymbolCoder, source: Path, target: Path, salvage: bool = False,
                 bits: int | None = None) -> tuple[Header, str]:
-    """Write a codec file as WAV; returns its header and what was wrong with it, "" if nothing. With `salvage`, what
+    """Write a file's sound as WAV; returns its header and what was wrong with it, "" if nothing. With `salvage`, what
     stands before the damage is written; `bits` of a sample are else those that the header names."""
     import soundfile
     problem = ""
 
-    def blocks(file: Any, header: Header) -> Iterator[np.ndarray]:
+    def parts(file: Any, header: Header) -> Iterator[Any]:
         nonlocal problem
-        chunks, done = read_chunks(file, header), 0
+        chunks, done = read_chunks(file, coder.counts(header)), 0
         while True:
             try:
                 group = list(itertools.islice(chunks, 1 if salvage else GROUP))
                 if not group:
                     return
-                lines = list(decoded_lines(coder, header, group))
+                values = coder.values(group, header)
             except (ValueError, struct.error, AssertionError, IndexError) as error:
-                at = done * CHUNK_FRAMES * frame_size(header.rate) / header.rate
-                problem = f"{source} is damaged after {at:.1f} s or more ({first_line(error)})"
+                problem = f"{source} is damaged after {coder.seconds(header, done):.1f} s or more ({first_line(error)})"
                 if not salvage:
                     raise UserError(f"{problem}: --salvage writes what is before it") from None
                 return
             done += len(group)
-            for part in lines:
-                yield dct4(torch.from_numpy(part)).numpy()
+            yield from values
 
     try:
         with open(source, "rb") as file, replacing(target) as part:
@@ -2666,13 +3710,15 @@ def decode_file(coder: Coder, source: Path, target: Path, salvage: bool = False,
             kind = {16: "PCM_16", 24: "PCM_24", 32: "FLOAT"}[depth]
             with soundfile.SoundFile(part, "w", header.rate, header.channels, kind, format="WAV") as out:
                 left = header.samples
-                for block in folded(blocks(file, header), -1):
-                    sound = block.reshape(header.channels, -1).T[:left]
+                for sound in coder.sound(parts(file, header), header):
+                    if not np.isfinite(sound).all():
+                        raise UserError(f"{source}: what the model makes of it is not finite; use --precision float32")
+                    sound = sound[:left]
                     left -= len(sound)
                     out.write(sound if kind == "FLOAT" else pcm(sound, depth))
     except OSError as error:
         raise UserError(f"{source}: {error.strerror or error}: name a file that --encode wrote") from None
-    except (RuntimeError, AssertionError) as error:  # AssertionError: soundfile's, of a full disk
+    except (soundfile.LibsndfileError, AssertionError) as error:  # AssertionError: soundfile's, of a full disk
         raise UserError(f"can't write {target} ({first_line(error)}): free some space, or choose another "
                         "folder") from None
     return header, problem
@@ -2695,18 +3741,141 @@ def file_snr(estimate: Path, source: Path) -> float | None:
     return 10 * math.log10(energy / noise) if energy > 0 and noise > 0 else None
 
 
-def run_codec(command: Command, world: World) -> int:
-    """--mode infer of the codec: files become codec files, which become sound again; --encode and --decode do half"""
-    options, model = command.options(CodecInferOptions), command.model(world)
+CLIPS_OF_A_CHUNK = 8  # of a mel model's file
+UNHEARD = 255  # loudness that stands for silence
+
+
+class LatentCoder(SymbolCoder):
+    """Files of a mel model, one channel at 16 kHz: a chunk holds the loudness of the file in -1/2 dB and, of some
+    clips, the numbers of the linear code that the model keeps, rounded to one step for all. (A VAE learns just that:
+    the deviations of its posterior are 0.17 to 0.19 in the same unit, whatever the number.) Each is coded by the table
+    of a Laplace distribution as wide as the training set's numbers in its place."""
+    rates, channels = (SAMPLE_RATE,), (1,)
+
+    def __init__(self, model: MelFamily) -> None:
+        scale, low = 0.06 * 2 ** (np.arange(SCALES) / PER_OCTAVE), low_bits(np.arange(SCALES))
+        edges = (np.arange(LARGEST + 2) << low[:, None]) - 0.5
+        beyond = np.exp(-edges.clip(min=0) / scale[:, None])  # share of the numbers whose magnitude is not smaller
+        beyond[:, -1] = 0
+        super().__init__(-np.diff(beyond))  # a test shows that none of these is so near to a half that machines differ
+        self.model, self.places, self.spread = model, model.places().cpu(), model.spread.flatten().double().cpu()
+        self.sets = max(2, len(self.places))  # one bit for nothing where there is one
+        step = (12 * model.ROUNDING * model.missed().item() / self.places.shape[1]) ** 0.5
+        self.step = round(PER_OCTAVE * (8 - math.log2(max(step, 1e-4))))
+        edges = 2 ** (np.arange(-79.5, 80) / PER_OCTAVE)  # no float32 is so near to one of them that machines differ
+        self.wide = np.searchsorted(edges, self.spread.numpy()) - 80  # quarters of an octave
+        weights = {name for name, _ in model.named_parameters()}  # shipped in half precision
+        parts = [(v.half() if k in weights else v).cpu().numpy().tobytes() for k, v in model.state_dict().items()]
+        self.digest = hashlib.sha256(b"".join(parts)).digest()[:8]
+
+    def tables(self, sets: Tensor, step: int) -> np.ndarray:
+        """[n K]; the first one's deviation is 0.06 sqrt(2) steps, 3.56 octaves below one"""
+        offset = step - 8 * PER_OCTAVE + 14 + self.model.WIDER
+        return (self.wide[self.places[sets].numpy()] + offset).clip(0, SCALES - 1)
+
+    def unit(self, sets: Tensor, step: int) -> Tensor:
+        """Step in units of each number [n K]"""
+        return 2.0 ** (8 - step / PER_OCTAVE) / self.spread[self.places[sets]]
+
+    def rounded(self, spectrum: Tensor, sets: Tensor) -> np.ndarray:
+        """Numbers of the linear code [n D], of clips that belong to `sets` [n] -> whole numbers [n K]"""
+        exact = spectrum.double().cpu().gather(1, self.places[sets]) / self.unit(sets, self.step)
+        return exact.round().clamp(-LOUDEST, LOUDEST).long().numpy()
+
+    def spectrum(self, values: np.ndarray, sets: Tensor, step: int) -> Tensor:
+        """Back again: [n D]"""
+        numbers = (torch.from_numpy(values) * self.unit(sets, step)).float()
+        return torch.zeros(len(values), len(self.spread)).scatter(1, self.places[sets], numbers)
+
+    def pack(self, values: np.ndarray, sets: Tensor) -> bytes:
+        stream, flat = self.stream.RangeEncoder(), values.ravel()
+        stream.encode(sets.numpy().astype(np.int32), self.uniform, np.full(len(sets), self.sets, np.int32))
+        self.put(np.abs(flat), self.tables(sets, self.step).ravel(), stream, stream, stream)
+        signs = (flat[flat != 0] < 0).astype(np.int32)
+        stream.encode(signs, self.uniform, np.full_like(signs, 2))
+        return stream.get_compressed().astype("<u4").tobytes()
+
+    def unpack(self, content: bytes, count: int, step: int) -> Tensor:
+        """What `pack` wrote of so many clips -> numbers of the linear code [n D]"""
+        stream = self.stream.RangeDecoder(np.frombuffer(content, "<u4").astype(np.uint32))
+        sets = torch.from_numpy(stream.decode(self.uniform, np.full(count, self.sets, np.int32))).long()
+        values = self.take(self.tables(sets, step).ravel(), stream, stream, stream)
+        values[values > 0] *= 1 - 2 * stream.decode(self.uniform, np.full((values > 0).sum(), 2, np.int32))
+        return self.spectrum(values.reshape(count, -1), sets, step)
+
+    def through(self, spectrum: Tensor, sets: Tensor, frames: Tensor) -> tuple[Tensor, dict[str, list[float]]]:
+        """Clips [n D] of so many frames as a file holds them, and what a file of each whole one alone weighs"""
+        sets, values = sets.cpu(), self.rounded(spectrum, sets.cpu())
+        sizes = [HEADER.size + 13 + len(self.pack(one[None], its[None])) for one, its in zip(values, sets)]
+        rates = [size * SAMPLE_RATE / (125 * CLIP) if n == FRAMES else None for size, n in zip(sizes, frames.tolist())]
+        return self.spectrum(values, sets, self.step).to(spectrum.device), {"kbit_per_second": rates}
+
+    def expected_rate(self) -> float:
+        """kbit/s of a long file, if it is like the training set"""
+        p = self.probabilities / self.probabilities.sum(1, keepdims=True)
+        entropy = (p * self.lengths).sum(1) + self.low + 1 - p[:, 0]
+        bits = entropy[self.tables(torch.arange(len(self.places)), self.step)].sum(1).mean()
+        return bits / clip_start(self.model, 1 << 40, 1) * SAMPLE_RATE / HOP / 1000
+
+    @torch.no_grad()
+    def write(self, source: Path, target: Path, bits: int) -> Header:
+        audio, model = read_audio(source), self.model
+        level = audio.square().mean().sqrt().item()
+        loudness = bytes([min(UNHEARD, max(0, round(-40 * math.log10(max(level, 1e-9)))))])
+
+        def contents() -> Iterator[bytes]:
+            for clips in clips_of(model, audio, CLIPS_OF_A_CHUNK):
+                codes = model.encode(clips)
+                if not torch.isfinite(codes).all():
+                    raise UserError(f"{source}: what the model makes of it is not finite; use --precision float32")
+                sets = model.set_of(codes).cpu()
+                yield loudness + self.pack(self.rounded(model.place(codes), sets), sets)
+
+        header = Header(self.digest, SAMPLE_RATE, 1, bits, self.step, len(audio))
+        write_file(target, header, contents())
+        return header
+
+    def counts(self, header: Header) -> Iterator[int]:
+        clips = clip_count(self.model, header.samples)
+        return (min(CLIPS_OF_A_CHUNK, clips - first) for first in range(0, clips, CLIPS_OF_A_CHUNK))
+
+    def seconds(self, header: Header, chunks: int) -> float:
+        return clip_start(self.model, header.samples, chunks * CLIPS_OF_A_CHUNK) * HOP / SAMPLE_RATE
+
+    def values(self, chunks: Sequence[tuple[bytes, int]], header: Header) -> list[tuple[int, Tensor]]:
+        return [(content[0], self.unpack(content[1:], count, header.step)) for content, count in chunks]
+
+    @torch.no_grad()
+    def sound(self, values: Iterable[tuple[int, Tensor]], header: Header) -> Iterator[np.ndarray]:
+        if chunks := list(values):
+            model, loudness = self.model, chunks[0][0]
+            device = model.spread.device
+            mel = joined(model, (model.from_spectrum(spectra.to(device)) for _, spectra in chunks), header.samples)
+            sound = render_long(model, mel)[:header.samples]
+            yield as_loud(sound, 10 ** (-loudness / 40) * (loudness < UNHEARD)).numpy()[:, None]
+
+    def figures(self, estimate: Path, source: Path) -> dict[str, float | None]:
+        ours, true = read_audio(estimate), read_audio(source)
+        silent = true.square().mean() < INAUDIBLE ** 2
+        return {"snr_db": None if silent else attempt(snr_db, ours, true)[0],
+                "mel_mse": whole_mels(self.model.preprocessor, ours, true)["mel_mse"].item()}
+
+
+SAID = {"snr_db": "SNR {} dB", "mel_mse": "mel error {}"}
+
+
+def run_infer(command: Command, world: World) -> int:
+    """--mode infer: sounds become small files, which become sound again; --encode and --decode do half of it"""
+    options, model = command.options(InferOptions), command.model(world)
     if options.decode and (more := {"input", "encode", "bitrate", "quality"} & command.given.keys()):
-        raise UserError(f"--decode takes codec files as they are: leave out --{' and --'.join(sorted(more))}", 2)
+        raise UserError(f"--decode takes files as they are: leave out --{' and --'.join(sorted(more))}", 2)
     if options.salvage and not options.decode:
         raise UserError("--salvage belongs to --decode", 2)
     if {"bitrate", "quality"} <= command.given.keys():
         raise UserError("--bitrate and --quality both decide the step: give one", 2)
     results = output_folder(command.given.get("results_dir") or HERE / "results", "results_dir" in command.given)
     output = output_folder(options.output_dir, True) if options.output_dir else results
-    coder, config = Coder(model), model.config
+    coder = model.coder()
     if options.export:
         export_model(model, command.state, options.export)
     if options.decode:
@@ -2715,41 +3884,46 @@ def run_codec(command: Command, world: World) -> int:
     if not files:
         raise UserError(f"no example in {HERE / 'examples'}: name audio files with --input")
     packed = [output / f"{file.stem}.iag" for file in files]
-    given = [output / f"{file.stem}_reconstructed.wav" for file in files]
-    outputs_apart([*packed, *given, results / "inference.json", results / "inference_comparison.png"], files)
+    targets = [output / f"{file.stem}_reconstructed.wav" for file in files]
+    outputs_apart([*packed, *targets, results / "inference.json", results / "inference_comparison.png"], files)
     shipped = command.path.parent == HERE / "pretrained"
     say(f"{title_of(model)}, from {command.path}" + " (the shipped weights)" * shipped)
-    records, columns, asked = [], [], config.bitrate if config.quality is None else None
-    for file, small, target in zip(files, packed, given):
-        started = time.perf_counter()
-        header = encode_file(coder, config, file, small, options.bits or 16)
-        seconds, size, spent = header.samples / header.rate, small.stat().st_size, time.perf_counter() - started
-        record = {"input": str(file), "file": str(small), "bytes": size, "kbit_per_second": size / seconds / 125,
-                  "rate": header.rate, "channels": header.channels, "seconds": round(seconds, 3)}
-        say(f"{file} ({seconds:.1f} s, {header.rate} Hz, {'stereo' if header.channels == 2 else 'mono'}) -> {small}: "
-            f"{size:,} bytes, {record['kbit_per_second']:.1f} kbit/s; {seconds / spent:.1f} x real time"
-            + " (no less can be had)" * (asked is not None and record["kbit_per_second"] > 1.1 * asked)
-            + " (no more is needed)" * (asked is not None and record["kbit_per_second"] < 0.9 * asked))
+    records, columns = [], []
+    for file, small, target in zip(files, packed, targets):
+        records.append(encoded(coder, file, small, options.bits or 16))
         if not options.encode:
             started = time.perf_counter()
-            decode_file(coder, small, target)
-            snr = file_snr(target, file)
-            say(f"  -> {target}: SNR {'-' if snr is None else format(snr, '.2f')} dB; "
-                f"{seconds / (time.perf_counter() - started):.1f} x real time")
-            record |= {"output": str(target), "snr_db": snr}
+            header, _ = decode_file(coder, small, target)
+            speed, figures = header.samples / header.rate / (time.perf_counter() - started), coder.figures(target, file)
+            said = (SAID[k].format("-" if v is None else f"{v:.2f}") for k, v in figures.items())
+            say(f"  -> {target}: {', '.join(said)}; {speed:.1f} x real time")
+            records[-1] |= {"output": str(target)} | figures
             columns += [(file.stem[:32], read_audio(file), read_audio(target))] * (len(columns) < 2)
-        records.append(record)
     if columns:
         comparison_figure(results / "inference_comparison.png", title_of(model), columns, model)
     write_json(results / "inference.json", {
         "model": command.key, "checkpoint": str(command.path), "files": records, "machine": provenance(),
-        "metrics": definitions("snr_db")})
+        "metrics": definitions("kbit_per_second", *SAID)})
     say(f"-> {results / 'inference.json'}" + f", {results / 'inference_comparison.png'}" * bool(columns))
     return 0
 
 
-def decode_all(coder: Coder, options: CodecInferOptions, output: Path) -> int:
-    """--decode: the sound of codec files; 1 where one was damaged and only salvaged"""
+def encoded(coder: SymbolCoder, source: Path, target: Path, bits: int) -> dict[str, Any]:
+    """Write the small file of a sound -> what is recorded of it"""
+    started = time.perf_counter()
+    header = coder.write(source, target, bits)
+    size, seconds, spent = target.stat().st_size, header.samples / header.rate, time.perf_counter() - started
+    rate, asked = size / seconds / 125, coder.asked
+    say(f"{source} ({seconds:.1f} s, {header.rate} Hz, {'stereo' if header.channels == 2 else 'mono'}) -> {target}: "
+        f"{size:,} bytes, {rate:.{1 if rate > 10 else 3}f} kbit/s; {seconds / spent:.1f} x real time"
+        + " (no less can be had)" * bool(asked and rate > 1.1 * asked)
+        + " (no more is needed)" * bool(asked and rate < 0.9 * asked))
+    return {"input": str(source), "file": str(target), "bytes": size, "kbit_per_second": rate, "rate": header.rate,
+            "channels": header.channels, "seconds": round(seconds, 3)}
+
+
+def decode_all(coder: SymbolCoder, options: InferOptions, output: Path) -> int:
+    """--decode: the sound of small files; 1 where one was damaged and only salvaged"""
     targets = [output / f"{file.stem}_decoded.wav" for file in options.decode]
     outputs_apart(targets, options.decode)
     status = 0
@@ -2780,12 +3954,12 @@ def plain_codec(audio: Tensor, bits: float) -> Tensor:
     return rotate(dct4(quantised), -1).flatten()[:len(audio)].float()
 
 
-def coded(coder: Coder, config: CodecConfig, audio: np.ndarray, rate: int, folder: Path) -> tuple[np.ndarray, int]:
+def coded(coder: SymbolCoder, audio: np.ndarray, rate: int, folder: Path) -> tuple[np.ndarray, int]:
     """Sound [L C] through a real file -> [L C], size of the file in bytes"""
     import soundfile
     paths = [folder / name for name in ("in.wav", "sound.iag", "out.wav")]
     soundfile.write(paths[0], audio, rate, subtype="FLOAT")
-    encode_file(coder, config, paths[0], paths[1], 32)
+    coder.write(paths[0], paths[1], 32)
     decode_file(coder, paths[1], paths[2])
     return soundfile.read(paths[2], dtype="float32", always_2d=True)[0], paths[1].stat().st_size
 
@@ -2803,82 +3977,172 @@ def stereo_of(track: Track, folder: Path) -> np.ndarray | None:
         return file.read(LONGEST * 44_100, dtype="float32") if fit else None
 
 
-def evaluate_codec(command: Command, world: World) -> int:
-    """--mode evaluate of the codec: by the size of real files, beside the plain MDCT coder at the same size"""
-    import tempfile
-    model, results = command.model(world), output_folder(command.results(), "results_dir" in command.given)
-    if {"bitrate", "quality"} & command.given.keys():
-        raise UserError("--mode evaluate measures the codec at rates of its own: leave out --bitrate and --quality", 2)
-    data, coder, prep = SUBJECT.load(command, world), Coder(model), model.preprocessor
-    loud = [track for track in data.test if np.square(track.audio, dtype=np.float32).mean() > INAUDIBLE ** 2]
-    tracks, values, reasons = loud[:command.options(EvaluateOptions).eval_clips], {}, {}
+def codec_rows(model: Codec, tracks: Sequence[Track]) -> dict[str, Any]:
+    """Like `measure_rows`, of files at several rates, beside the plain MDCT coder at the same size"""
+    coder, prep, reasons = model.coder(), model.preprocessor, {}
+    values: dict[str, dict[str, list[dict]]] = {}
 
-    def add(row: str, stem: str, size: float, seconds: float, columns: dict[str, float | None]) -> None:
-        for group in ("all", stem):
-            values.setdefault(row, {}).setdefault(group, []).append({"kbit_per_second": size / seconds / 125} | columns)
+    def through(sound: np.ndarray, hertz: int, kbits: float) -> tuple[Tensor, int, dict[str, float]]:
+        coder.config = dataclasses.replace(model.config, bitrate=kbits, quality=None)
+        found, size = coded(coder, sound, hertz, Path(name))
+        return torch.from_numpy(found.T.copy()), size, {"kbit_per_second": size * hertz / len(sound) / 125}
+
+    def add(row: str, columns: dict[str, float | None]) -> None:
+        for group in ("all", track.stem):
+            values.setdefault(row, {}).setdefault(group, []).append(columns)
 
     with tempfile.TemporaryDirectory() as name, progress(len(tracks), "measuring", unit="track", leave=False) as bar:
         for track in tracks:
             audio = torch.from_numpy(np.array(track.audio[:LONGEST * SAMPLE_RATE])).float()
-            whole_frames = torch.tensor([-(-len(audio) // HOP)])
-            for rate in MONO_RATES:
-                config = dataclasses.replace(model.config, bitrate=rate, quality=None)
-                seconds = len(audio) / SAMPLE_RATE
-                estimate, size = coded(coder, config, audio.numpy()[:, None], SAMPLE_RATE, Path(name))
-                for row, sound in ((f"codec_mono_{rate:03d}", torch.from_numpy(estimate[:, 0])),
-                                   (f"plain_mdct_mono_{rate:03d}", plain_codec(audio, 8 * size))):
-                    ours, true = (prep.standardise(prep.log_mel(F.pad(x, (0, -len(x) % HOP))[None]))
-                                  for x in (sound, audio))
+            for kbits in MONO_RATES:
+                found, size, rate = through(audio.numpy()[:, None], SAMPLE_RATE, kbits)
+                for row, sound in ((f"codec_mono_{kbits:03d}", found[0]),
+                                   (f"plain_mdct_mono_{kbits:03d}", plain_codec(audio, 8 * size))):
                     columns = wave_metrics(sound[None], audio[None], torch.tensor([len(audio)]),
-                                           reasons.setdefault(row, {})) | mel_metrics(ours, true, whole_frames)
-                    add(row, track.stem, size, seconds, {key: float(v[0]) if v[0] is not None else None
-                                                         for key, v in columns.items()})
+                                           reasons.setdefault(row, {})) | whole_mels(prep, sound, audio)
+                    add(row, rate | {key: None if v[0] is None else float(v[0]) for key, v in columns.items()})
             stereo = stereo_of(track, Path(name))
-            for rate in STEREO_RATES if stereo is not None else ():
-                config = dataclasses.replace(model.config, bitrate=rate, quality=None)
-                estimate, size = coded(coder, config, stereo, 44_100, Path(name))
-                pair = [torch.from_numpy(x.T.copy()) for x in (estimate, stereo)]
+            for kbits in STEREO_RATES if stereo is not None else ():
+                found, _, rate = through(stereo, 44_100, kbits)
+                pair = found, torch.from_numpy(stereo.T.copy())
                 figures = {m.__name__: float(np.mean([m(a, b) for a, b in zip(*pair)])) for m in (mr_stft, lsd_db)}
-                add(f"codec_stereo_{rate:03d}", track.stem, size, len(stereo) / 44_100,
-                    {"snr_db": float(snr_db(*(x.flatten() for x in pair)))} | figures)
+                rate["snr_db"] = float(snr_db(*(x.flatten() for x in pair)))
+                add(f"codec_stereo_{kbits:03d}", rate | figures)
             bar.update()
-    rows = {row: {group: summarise(clips, reasons.get(row)) for group, clips in groups.items()}
+    return {row: {group: summarise(clips, reasons.get(row)) for group, clips in groups.items()}
             for row, groups in values.items()}
+
+
+def run_evaluate(command: Command, world: World) -> int:
+    """--mode evaluate: every metric on the test split, between its floor and its ceilings; rates are of whole files"""
+    model, results = command.model(world), output_folder(command.results(), "results_dir" in command.given)
+    if {"bitrate", "quality"} & command.given.keys():
+        raise UserError("--mode evaluate measures the codec at rates of its own: leave out --bitrate and --quality", 2)
+    data, started = SUBJECT.load(command, world), time.perf_counter()
+    rows, counts = model.measure(data.test, command.options(EvaluateOptions).eval_clips)
     write_json(results / "evaluation.json", {
         "model": command.key, "checkpoint": str(command.path), "checkpoint_sha256": file_digest(command.path),
-        "trained_on": model.data.title, "dataset": data.title, "split": "test", "tracks": len(tracks), "rows": rows,
-        "seconds_of_a_track": LONGEST, "machine": provenance(), "metrics": definitions(*METRICS)})
-    say(f"{title_of(model)}\non the test split of {data.title}: {len(tracks)} tracks; rates are of whole files")
-    for stem in dict.fromkeys(["all", *(track.stem for track in tracks)]):
+        "parameters": sum(p.numel() for p in model.parameters()), "trained_on": model.data.title,
+        "dataset": data.title, "split": "test", **counts, "device": str(world.device),
+        "precision": str(model.precision).removeprefix("torch."), "original_phase": UPPER_BOUND, "rows": rows,
+        "seconds": round(time.perf_counter() - started, 1), "machine": provenance(), "metrics": definitions(*METRICS)})
+    say(f"{title_of(model)}\non the test split of {data.title}: {' of '.join(f'{n} {k}' for k, n in counts.items())}")
+    for stem in dict.fromkeys(itertools.chain.from_iterable(rows.values())):
         print_rows(rows, stem)
     say(f"-> {results / 'evaluation.json'}")
     return 0
 
 
-def evaluate_clips(command: Command, world: World) -> int:
-    """--mode evaluate: every metric on the test split, between its floor and its ceilings."""
-    model, results = command.model(world), output_folder(command.results(), "results_dir" in command.given)
-    data = SUBJECT.load(command, world)
-    clips = fixed_clips(data.test, command.options(EvaluateOptions).eval_clips)
-    started = time.perf_counter()
-    report = {"model": command.key, "checkpoint": str(command.path), "checkpoint_sha256": file_digest(command.path),
-              "parameters": sum(p.numel() for p in model.parameters()), "trained_on": model.data.title,
-              "latent_numbers_per_second": numbers_per_second(model), "dataset": data.title, "split": "test",
-              "clips": len(clips), "tracks": len({track.name for track, _ in clips}), "device": str(world.device),
-              "precision": str(model.precision).removeprefix("torch."), "original_phase": UPPER_BOUND}
-    report["rows"] = measure_rows(model, clips, "measuring")
-    report |= {"seconds": round(time.perf_counter() - started, 1), "machine": provenance(),
-               "metrics": definitions(*METRICS)}
-    write_json(results / "evaluation.json", report)
-    say(f"{title_of(model)}\non the test split of {data.title}: {len(clips)} clips of {report['tracks']} tracks")
-    for stem in dict.fromkeys(["all", *(track.stem for track, _ in clips)]):
-        print_rows(report["rows"], stem)
-    say(f"-> {results / 'evaluation.json'}")
+def pick_labels(text: str | None, model: ShortSoundFamily) -> tuple[Tensor | None, list[str]]:
+    """The classes of `--label`, which the sounds go through in turn, and their names; None where there are none.
+    A digit may be written as 7 or seven."""
+    classes = model.data.classes
+    if not model.labelled:
+        if text is not None:
+            raise UserError(f"--label {text}: the model was trained without labels", 2)
+        return None, classes
+    names = list(classes) if text is None else [text] if text in classes else [word.strip() for word in text.split(",")]
+    names = [DIGITS[int(name)] if re.fullmatch("[0-9]", name) and name not in classes else name for name in names]
+    if unknown := [name for name in names if name not in classes]:
+        raise UserError(f"--label {unknown[0]}: the classes are {', '.join(classes[:20])}", 2)
+    return torch.tensor([classes.index(name) for name in names]), names
+
+
+def run_draw(command: Command, world: World) -> int:
+    """--mode infer of a model that draws: a WAV file for each sound, one with all in a row, and their pictures"""
+    model, options = command.model(world), command.options(DrawOptions)
+    labels, names = pick_labels(options.label, model)
+    if model.config.guidance != 1 and not model.labelled and "guidance" in command.given:
+        raise UserError(f"--guidance {model.config.guidance:g}: the model was trained without labels", 2)
+    results = output_folder(command.given.get("results_dir") or HERE / "results", "results_dir" in command.given)
+    output = output_folder(options.output_dir, True) if options.output_dir else results
+    shipped = command.path.parent == HERE / "pretrained"
+    say(f"{title_of(model)}, from {command.path}" + " (the shipped weights)" * shipped)
+    if options.export:
+        export_model(model, command.state, options.export)
+    count, rate, shown, started = options.num_samples or len(names), model.data.sample_rate, [], time.perf_counter()
+    for numbers, sounds in generate(model, labels, count, options.sample_batch,
+                                    "drawing" if count > options.sample_batch else ""):
+        for i, sound in zip(numbers, sounds):
+            label = re.sub(r"[^\w\-+.]", "-", names[i % len(names)]) if labels is not None else "sound"
+            write_wav(output / f"drawn_{i:05d}_{label}.wav", sound, rate)
+        shown += sounds[:max(0, SHOWN - len(shown))]
+    seconds = time.perf_counter() - started
+    write_wav(output / "drawn_in_a_row.wav", in_a_row(shown, rate), rate)
+    how = f"{model.config.sampler}, {model.config.steps} steps, guidance {model.config.guidance:g}"
+    strip_of_sounds(results / "drawn_sounds.png", title_of(model, how), model, torch.stack(shown),
+                    [names[i % len(names)] for i in range(len(shown))])
+    length = count * model.data.frames * STRIDE / 1000
+    more = f" (the first {SHOWN} of them)" * (count > SHOWN)
+    say(f"{count} sound(s) -> {output / 'drawn_00000_...'}, {output / 'drawn_in_a_row.wav'}{more}, "
+        f"{results / 'drawn_sounds.png'}\n{seconds:.2f} s, {seconds / length:.3f} s for a second of sound")
     return 0
 
 
-SoundFamily.actions = {"infer": run_infer, "evaluate": evaluate_clips}
-Codec.actions = {"infer": run_codec, "evaluate": evaluate_codec}
+def in_a_row(sounds: Sequence[Tensor], rate: int) -> Tensor:
+    """One sound of several [L], with a tenth of a second of silence for what is left of each one's own"""
+    rows = []
+    for sound in sounds:
+        loud = (sound.abs() > 0.01 * sound.abs().max()).nonzero().flatten()
+        rows += [sound[:int(loud[-1]) + 1 if len(loud) else 0], torch.zeros(rate // 10)]
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def run_classify(command: Command, world: World) -> int:
+    """--mode infer of a classifier: the likeliest classes of sound files"""
+    model, options = command.model(world), command.options(ClassifyOptions)
+    if options.export:
+        export_model(model, command.state, options.export)
+    elif not options.input:
+        raise UserError("--model classifier names what is heard: give some sounds with --input", 2)
+    rate, length = model.data.sample_rate, model.data.frames * model.preprocessor.hop
+    for path in options.input or ():
+        try:
+            sound, cut_off = short_sound(read_audio(path, rate=rate), rate, length)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}: name another with --input") from None
+        shares = model(model.picture(sound.float()[None].to(world.device)))[1].softmax(1)[0]
+        best = shares.topk(min(3, len(shares)))
+        say(f"{path}: " + ", ".join(f"{model.data.classes[k]} {share:.1%}" for share, k in
+                                    zip(best.values.tolist(), best.indices.tolist()))
+            + f" (its first {length / rate:.3g} s)" * cut_off)
+    return 0
+
+
+def evaluate_short(command: Command, world: World) -> int:
+    """--mode evaluate of the models of short sounds, beside real sounds and the way back"""
+    model, results = command.model(world), output_folder(command.results(), "results_dir" in command.given)
+    data, started = SUBJECT.load(command, world), time.perf_counter()
+    if data.info() != model.data:
+        raise UserError(f"{command.path} was trained on {model.data.title} ({sum(model.data.class_counts)} sounds), "
+                        "not on this data: give its --dataset, --data_root, --seconds and --split", 2)
+    report = {"model": command.key, "checkpoint": str(command.path), "checkpoint_sha256": file_digest(command.path),
+              "parameters": sum(p.numel() for p in model.parameters()), "dataset": data.title, "split": "test",
+              "training_made": command.state["made"], "training_seconds": command.state.get("seconds"),
+              "seed": model.config.seed, "device": str(world.device), "metrics": {}} | model.describe_sampling()
+    if model.can_sample:
+        report |= evaluate_samples(command.options(MeasureOptions), model, data)
+    report["metrics"] |= {k: {"value": v, "n": len(data.test), "reference": "test"}
+                          for k, v in held_out(model, data, world.device, len(data.test)).items()}
+    report |= {"seconds": round(time.perf_counter() - started, 1), "machine": provenance()}
+    write_json(results / "evaluation.json", report)
+    say(f"{title_of(model)}: {report['parameters'] / 1e6:.2f} M parameters" + (
+        f", {report['num_samples']} sounds, {report['seconds_per_second_of_sound']:.3f} s for a second of sound"
+        if model.can_sample else ""))
+    say(f"{'metric':38}{'value':>12}{'real data':>12}{'way back':>12}")
+    for key, entry in report["metrics"].items():
+        cells = "".join(f"{'-' if entry.get(k) is None else format(entry[k], '.4f'):>12}"
+                        for k in ("value", "floor", "way_back"))
+        say(f"{key:38}{cells}" + (f"  ({entry['reason']})" if "reason" in entry else ""))
+    say("real data: as many training sounds; way back: the same through picture and phase"
+        f"\n-> {results / 'evaluation.json'}")
+    return 0
+
+
+SoundFamily.actions = {"infer": run_infer, "evaluate": run_evaluate}
+SoundDiffusion.actions = {"infer": run_draw, "evaluate": evaluate_short}
+SoundClassifier.actions = {"infer": run_classify, "evaluate": evaluate_short}
 
 
 # === figures ===
@@ -2941,15 +4205,32 @@ def comparison_figure(path: Path, title: str, columns: list[tuple[str, Tensor, T
     save_figure(figure, path)
 
 
+SHOWN = 100  # most sounds in one picture
+
+
+def strip_of_sounds(path: Path, title: str, model: ShortSoundFamily, sounds: Tensor, names: Sequence[str]) -> None:
+    """Spectrograms of short sounds [N L], ten in a row, of the range that the model knows"""
+    width = min(10, len(sounds))
+    figure, axes = new_figure(-(-len(sounds) // width), width, title, (1.5, 1.7))
+    pictures = torch.cat([model.picture(part.to(model.top.device)).cpu() for part in sounds.split(100)])
+    for axis, picture, name in itertools.zip_longest(axes.flat, pictures[:, 0], names):
+        axis.axis("off")
+        if picture is not None:
+            axis.imshow(picture.numpy(), origin="lower", aspect="auto", vmin=-1, vmax=1, cmap="magma")
+            axis.set_title(name[:14], fontsize=9)
+    save_figure(figure, path)
+
+
 def draw_curves(trainer: Trainer) -> None:
     """training_curves.png: the loss, and each held-out figure, over epochs."""
     epochs = [r for r in trainer.history if "epoch" in r]
     steps = [(r["step"] / trainer.steps_per_epoch, r["loss"]) for r in trainer.history if "epoch" not in r]
-    names = [name for name in epochs[0] if name.startswith("val_")]
+    names = [name for name in epochs[-1] if name.startswith(("val_", FRECHET, "label_agreement"))]
     figure, axes = new_figure(1, 1 + len(names), title_of(trainer.model), (4.6, 3.6))
     curves = {"training loss": steps}
     for name in names:
-        curves[f"held-out {name.removeprefix('val_')}"] = [(r["epoch"], r[name]) for r in epochs]
+        curves[f"held-out {name.removeprefix('val_')}" if name.startswith("val_") else name] = [
+            (r["epoch"], r[name]) for r in epochs if r.get(name) is not None]
     for axis, (label, points) in zip(axes.flat, curves.items()):
         axis.plot(*zip(*points), linewidth=0.8, marker="o" if len(points) < 50 else None, markersize=3)  # 1 is no line
         axis.set(xlabel="epoch", ylabel=label)
@@ -2957,12 +4238,8 @@ def draw_curves(trainer: Trainer) -> None:
     save_figure(figure, trainer.results / "training_curves.png")
 
 
-def phase_note(phase: str) -> str:
-    return f"phase: {phase}" + f" ({UPPER_BOUND})" * (phase == "original")
-
-
-def title_of(model: SoundFamily, *more: str) -> str:
-    return " · ".join([family_name(type(model)), model.rate_text(),
+def title_of(model: Family, *more: str) -> str:
+    return " · ".join([family_name(type(model)), *([model.rate_text()] if isinstance(model, SoundFamily) else []),
                        f"trained on {model.data.title}", *more])
 
 
@@ -2974,7 +4251,7 @@ class BetweenEpochs:
 
     def __init__(self, model: SoundFamily, data: AudioData) -> None:
         self.data, self.remembered = data, {}
-        self.notes = [model.rate_text()]
+        self.notes = []
         if empty := int((model.preprocessor.filters.amax(0) == 0).sum()):
             self.notes.append(f"warning: {empty} of {model.config.n_mels} mel bands are narrower than the transform "
                               "resolves and stay empty: they hold no sound; use fewer --n_mels")
@@ -2996,17 +4273,73 @@ class BetweenEpochs:
         columns, folder, stamp = [], trainer.results / "progress", f"epoch_{epoch:03d}"
         for i, (track, start) in enumerate(chosen):
             audio = cut(track, start)[:len(track.audio) - start]
-            raw = render_long(model, decode_long(model, audio), model.phases[0], audio)
-            estimate, original, _ = level_matched(raw, audio)
+            estimate = as_loud(model.regenerate(audio), audio.square().mean().sqrt().item())
             write_wav(folder / f"{stamp}_{i}.wav", estimate)
             if last:
                 write_wav(trainer.results / f"audio_reconstructed_{i}.wav", estimate)
-                write_wav(trainer.results / f"audio_original_{i}.wav", original)
-            columns.append((f"{track.name[:24]} ({track.stem})", original, estimate))
-        title = title_of(model, f"epoch {epoch}", phase_note(model.phases[0]))
+                write_wav(trainer.results / f"audio_original_{i}.wav", audio)
+            columns.append((f"{track.name[:24]} ({track.stem})", audio, estimate))
+        title = title_of(model, f"epoch {epoch}")
         comparison_figure(folder / f"spectrogram_{stamp}.png", title, columns, model)
         if last:
             comparison_figure(trainer.results / "spectrogram_comparison.png", title, columns, model)
+
+
+class BetweenDrawing:
+    """What happens between the epochs of the models of short sounds: averaged weights draw, which is made audible after
+    epochs 1, 5, 10 ... and measured as often as costs a tenth of training."""
+
+    def __init__(self, command: Command, model: ShortSoundFamily, data: ShortSounds, world: World) -> None:
+        self.data, self.remembered, self.notes, self.net, self.epochs = data, {}, [], None, model.config.epochs
+        if not model.can_sample or not world.main:
+            return
+        options, run = command.options(MeasureOptions), (command.state or {}).get("run", {})
+        earlier = run.get("feature_net_sha256")
+        self.net, reason = find_feature_net(options, model.data, world.device)
+        if self.net and earlier not in (None, self.net.digest):
+            self.net, self.remembered = None, {"feature_net_sha256": earlier}
+            reason = "the run so far was measured by another classifier"
+        if self.net is None:
+            self.notes.append(f"no {FRECHET} while training: {reason}")
+            return
+        self.remembered = {"feature_net": self.net.name, "feature_net_sha256": self.net.digest}
+        self.count = options.eval_samples or min(300, len(data.test))
+        passes = self.count * model.describe_sampling()["network_evaluations"]
+        self.every = math.ceil(passes / (EVALUATION_SHARE * 3 * len(data.train)))  # a training step is about 3 passes
+        self.reference, real = (self.net(part[some_rows(part, self.count)]) for part in (data.test, data.train))
+        self.floors = {f"real_{k}": v for k, v in measure(real, self.reference, self.net, quick=True)[0].items()
+                       if not k.endswith("_std")}
+        self.notes.append(f"every {self.every} epoch(s) and after the last: {self.count} sounds measured against as "
+                          f"many test sounds by {self.net.describe()}")
+
+    def measure(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
+        if self.net is None or (epoch % self.every and epoch != self.epochs):
+            return {}
+        model = trainer.averaged
+        labels = proportional_labels(model.data, self.count, model.labelled)
+        found = self.net(generate_all(model, labels, self.count, 64, f"measuring epoch {epoch}"))
+        scores, _ = measure(found, self.reference, self.net, quick=True)
+        if labels is not None:
+            scores["label_agreement"] = (found.logits.argmax(1) == labels).float().mean().item()
+        key = f"{FRECHET}_{self.net.name}"
+        say(f"{self.count} sounds of epoch {epoch}: " + ", ".join(
+            f"{k} {scores[k]:.4g}" + (f" (real {self.floors[f'real_{k}']:.4g})" if f"real_{k}" in self.floors else "")
+            for k in (key, "label_agreement") if scores.get(k) is not None))
+        return scores | self.floors | self.remembered | {"eval_samples": self.count}
+
+    def draw(self, trainer: Trainer, epoch: int) -> None:
+        model, last = trainer.averaged, epoch == self.epochs
+        if not (last or epoch in (1, 5) or epoch % 10 == 0):
+            return
+        draw_curves(trainer)
+        if model.can_sample:
+            labels, names = pick_labels(None, model)
+            names = names[:20]
+            sounds, folder = generate_all(model, labels, len(names), 64), trainer.results / "progress"
+            rate = model.data.sample_rate
+            write_wav(folder / f"epoch_{epoch:03d}.wav", in_a_row(sounds, rate), rate)
+            for path in [folder / f"epoch_{epoch:03d}.png"] + [trainer.results / "drawn_sounds.png"] * last:
+                strip_of_sounds(path, title_of(model, f"epoch {epoch}"), model, sounds, names)
 
 
 class Subject:
@@ -3020,16 +4353,16 @@ class Subject:
     shown = ("val_",)
     outputs = ("metrics.jsonl", "training_curves.png", "progress", "spectrogram_comparison.png", "evaluation.json",
                "audio_reconstructed_0.wav", "audio_reconstructed_1.wav", "audio_original_0.wav", "audio_original_1.wav",
-               "inference.json", "inference_comparison.png")
-    data_options = {"train": TrainDataOptions, "infer": NoOptions, "evaluate": DataOptions}
-    remembered = ()  # a model may be measured on other data than its own: `options` looks after that
+               "inference.json", "inference_comparison.png", "drawn_sounds.png")
 
-    def shipped(self, key: str, _dataset: str) -> Path:
-        return HERE / "pretrained" / FILE_NAME.format(key)
+    def shipped(self, key: str, dataset: str | None = None) -> Path:
+        short = issubclass(FAMILIES[key], ShortSoundFamily)
+        return HERE / "pretrained" / FILE_NAME.format(f"{key}_{dataset or 'spoken_digits'}" if short else key)
 
     def options(self, command: Command) -> Any:
-        """Data flags; to look at a model, those of its run unless others were given. One without effect is an error."""
-        given, kind = command.given, self.data_options[command.mode]
+        """Data flags; to look at a model, those of its run unless others were given: it may be measured on other data
+        than its own. One without effect is an error."""
+        given, kind = command.given, FAMILIES[command.key].data_options[command.mode]
         run = command.state.get("run", {}) if command.mode == "evaluate" else {}
         if given.get("dataset", run.get("dataset")) != run.get("dataset"):
             run = {}
@@ -3045,8 +4378,10 @@ class Subject:
             raise UserError("--musdb says what --prepare_data downloads: give both", 2)
         return options
 
-    def load(self, command: Command, world: World) -> AudioData:
+    def load(self, command: Command, world: World) -> AudioData | ShortSounds:
         """Rank 0 first: the others find its cache."""
+        if issubclass(FAMILIES[command.key], ShortSoundFamily):
+            return load_short(command.options(ShortSoundOptions))
         options = self.options(command)
         if not world.main:
             world.wait()
@@ -3059,13 +4394,22 @@ class Subject:
 
     def prepare(self, command: Command, world: World) -> int:
         """--prepare_data: fetch what is missing, read everything once into the cache."""
-        options = self.options(command)
-        if options.dataset == "musdb" and world.main and (options.musdb or not options.musdb_root):
-            download_musdb(options.musdb or "sample", options.musdb_root or HERE / "data" / "musdb18")
+        short = issubclass(FAMILIES[command.key], ShortSoundFamily)
+        options = command.options(ShortSoundOptions) if short else self.options(command)
+        root = (options.data_root if short else options.musdb_root) or HERE / "data" / {"musdb": "musdb18"}.get(
+            options.dataset, options.dataset)
+        kind = getattr(options, "musdb", None)
+        fetched = {"musdb": lambda: download_musdb(kind or "sample", root),
+                   "spoken_digits": lambda: download_digits(root), "speech_commands": lambda: download_commands(root)}
+        if world.main and options.dataset in fetched and (kind or not (options.data_root or getattr(
+                options, "musdb_root", None))):
+            fetched[options.dataset]()
         say(f"{self.load(command, world).describe()}: ready")
         return 0
 
-    def between(self, _command: Command, model: SoundFamily, data: AudioData, _world: World) -> BetweenEpochs:
+    def between(self, command: Command, model: Family, data: Any, world: World) -> BetweenEpochs | BetweenDrawing:
+        if isinstance(model, ShortSoundFamily):
+            return BetweenDrawing(command, model, data, world)
         return BetweenEpochs(model, data)
 
     def infer(self, command: Command, world: World) -> int:
@@ -3384,8 +4728,8 @@ class Command:
 
 def flags(mode: str, key: str, extra: type | None = None) -> dict[str, dataclasses.Field]:
     """What a mode and family can be told, name -> field; `extra` takes the place of the mode's own options."""
-    kinds = [RunOptions, *[TrainOptions] * (mode == "train"), SUBJECT.data_options[mode], FAMILIES[key].config_class,
-             extra or FAMILIES[key].options[mode]]
+    kinds = [RunOptions, *[TrainOptions] * (mode == "train"), FAMILIES[key].data_options[mode],
+             FAMILIES[key].config_class, extra or FAMILIES[key].options[mode]]
     return {f.name: f for kind in kinds for f in dataclasses.fields(kind)
             if mode == "train" or f.metadata["group"] not in ("optimisation", "model")}
 
@@ -3428,7 +4772,7 @@ def read_command(argv: Sequence[str] | None, mode: str = "", able: Sequence[str]
     `able` are the families to choose from where none is named."""
     words = list(sys.argv[1:] if argv is None else argv)
     early = [*dataclasses.fields(RunOptions)[:3], dataclasses.fields(TrainOptions)[0],
-             *(f for f in dataclasses.fields(SUBJECT.data_options["infer"]) if f.name == "dataset")]
+             *[f for k in FAMILIES for name, f in flags("infer", k).items() if name == "dataset"][:1]]
     mode = mode or vars(Parser(early, add_help=False).parse_known_args(words)[0]).get("mode", "train")
     words = environment({n: f for k in able or FAMILIES for n, f in flags(mode, k, extra).items()}) + words
     first = vars(Parser(early, add_help=False).parse_known_args(words)[0])
@@ -3447,7 +4791,8 @@ def read_command(argv: Sequence[str] | None, mode: str = "", able: Sequence[str]
 
 def remembered(given: dict[str, Any], state: dict, path: Path, mode: str) -> dict[str, Any]:
     """What the run that is continued was told, unless it may change half-way; for a look at a model, its data."""
-    known = {n: f for n, f in flags("train", state["family"]).items() if mode == "train" or n in SUBJECT.remembered}
+    known = {n: f for n, f in flags("train", state["family"]).items()
+             if mode == "train" or n in FAMILIES[state["family"]].remembered}
     run = state.get("run", {"dataset": state["data"]["dataset"]}) | state["config"]
     run = {name: Path(value) if value is not None and known[name].metadata["type"] is Path else value
            for name, value in run.items() if name in known and (mode == "train" or value is not None)}
@@ -3464,22 +4809,21 @@ def find_checkpoint(first: dict[str, Any], keys: Sequence[str]) -> tuple[Path, d
     nothing can be downloaded); else what is shipped."""
     if "checkpoint" in first:
         return first["checkpoint"], load_checkpoint(first["checkpoint"])
-    dataset, resume = first.get("dataset", SUBJECT.dataset), "resume" in first
-    shipped = next((p for k in keys if (p := SUBJECT.shipped(k, dataset)).exists() and not resume), None)
+    resume, asked = "resume" in first, {k: first.get("dataset") for k in FAMILIES if "dataset" in flags("infer", k)}
+    shipped = next((p for k in keys if (p := SUBJECT.shipped(k, asked.get(k))).exists() and not resume), None)
     trained = [path for k in keys for path in (HERE / "models").glob(FAMILIES[k].file_name(None))
                if ".previous" not in path.name]
     for path in sorted(trained, key=lambda path: path.stat().st_mtime, reverse=True):
-        state = load_checkpoint(path)
-        held = state["data"]["dataset"]
-        if shipped and "dataset" not in first and held in SUBJECT.stand_ins:
+        held, wanted = (state := load_checkpoint(path))["data"]["dataset"], asked.get(state["family"])
+        if shipped and wanted is None and held in SUBJECT.stand_ins:
             say(f"{path} was trained on stand-in data ({state['data']['title']}): this takes the shipped weights, "
                 f"--checkpoint {path} takes that one")
-        elif resume or first.get("dataset", held) == held:
+        elif resume or wanted in (None, held):
             say(f"this takes {path}" + f"; --checkpoint {shipped} takes the shipped weights" * bool(shipped))
             return path, state
     if shipped is None:
-        raise UserError(f"no {' or '.join(keys)} model for {dataset} to take: train one with --mode train, or name a "
-                        "file with --checkpoint")
+        raise UserError(f"no {' or '.join(keys)} model for {asked.get(keys[0]) or SUBJECT.dataset} to take: train one "
+                        "with --mode train, or name a file with --checkpoint")
     return shipped, load_checkpoint(shipped)
 
 
@@ -3508,7 +4852,7 @@ def run_train(command: Command, world: World) -> int:
         world.average([t for t in model.state_dict().values() if t.is_floating_point()])  # all start from the same
     model.precision = pick_precision(given.get("precision", "auto"), world.device)  # not yet while it prepares
     known = {name: str(value.resolve()) if isinstance(value, Path) else value
-             for kind in (SUBJECT.data_options["train"], family.options["train"])
+             for kind in (family.data_options["train"], family.options["train"])
              for name, value in dataclasses.asdict(command.options(kind)).items()}
     trainer = Trainer(model, data, world, checkpoint, results, known | between.remembered | {
         "precision": str(model.precision).removeprefix("torch."), "results_dir": str(results.resolve())})

@@ -4,6 +4,8 @@
     python explore.py interpolate a.wav b.wav                   five steps through the latent space of a mel model
     python explore.py sample --num_samples 4                    new clips from the prior of the VAE
     python explore.py table --input song.wav                    every metric between floors and ceilings, of own files
+    python explore.py morph --label 3,7                         from one drawn sound to another, in steps
+    python explore.py denoise --label 7                         the way from noise to a drawn sound
 
 This adds no model code: everything comes from audio_gen.py beside it. `TASK=sample ./infer.sh` starts it as well.
 Outputs go to the results folder (--results_dir); a file that is read, and one that is no earlier output, is never
@@ -32,20 +34,44 @@ CLIPS_OF_A_FILE = 8  # that the table measures, spread evenly
 @dataclass(frozen=True)
 class InterpolateOptions:
     input: list[Path] | None = option(None, "exploring", "the two audio files", Path, nargs=2)
-    phase: str = option("griffinlim", "exploring", "how a mel spectrogram becomes sound", choices=MelFamily.phases[:1])
 
 
 @dataclass(frozen=True)
 class SampleOptions:
     num_samples: int = option(4, "exploring", "clips to make", ag.number(int, 1, 1000))
     seed: int = option(0, "exploring", "clip i of a seed is always the same", ag.number(int, 0, 2**63 - 1))
-    phase: str = option("griffinlim", "exploring", "how a mel spectrogram becomes sound", choices=MelFamily.phases[:1])
 
 
 @dataclass(frozen=True)
 class TableOptions:
     input: list[Path] | None = option(None, "exploring", "audio files to measure (default: the two shipped examples)",
                                       Path, nargs="+")
+
+
+@dataclass(frozen=True)
+class MorphOptions:
+    label: str | None = option(None, "exploring", "one class or two, e.g. 7 or 3,7 (default: the first and the "
+                               "last)", str)
+    other_seed: int | None = option(None, "exploring", "whose noise it ends with (default: the same noise throughout)",
+                                    ag.number(int, 0, 2**63 - 1))
+    num_samples: int = option(7, "exploring", "sounds from one end to the other", ag.number(int, 2, 20))
+
+
+@dataclass(frozen=True)
+class DenoiseOptions:
+    label: str | None = option(None, "exploring", "the class to draw (default: the first)", str)
+
+
+class MixedNoise(ag.Noise):
+    """Noise of one item on the arc from that of one seed to that of another; each call draws from both."""
+
+    def __init__(self, seeds: tuple[int, int], share: float, device: torch.device) -> None:
+        super().__init__(seeds[0], [0], device)
+        self.other, self.share = ag.Noise(seeds[1], [0], device), share
+
+    def normal(self, *shape: int) -> Tensor:
+        turn = self.share * ag.math.pi / 2  # high-dimensional noises are nearly at right angles
+        return ag.math.cos(turn) * super().normal(*shape) + ag.math.sin(turn) * self.other.normal(*shape)
 
 
 def results_for(command: Command, names: Sequence[str], inputs: Sequence[Path]) -> Path:
@@ -88,12 +114,12 @@ def interpolate(command: Command, world: World) -> int:
     tracks = [ag.Track(file.name, "file", ag.read_audio(file).numpy()) for file in options.input]
     ends = [max(ag.fixed_clips([track]), key=lambda clip: float(ag.cut(*clip).square().sum())) for track in tracks]
     start, end = model.encode(ag.clip_batch(ends, world.device).audio).split(1)
-    loudness = [model.render(model.decode(code), options.phase).square().mean().sqrt().item() for code in (start, end)]
+    loudness = [model.render(model.decode(code)).square().mean().sqrt().item() for code in (start, end)]
     spectra = [model.place(code) for code in (start, end)]  # two latents may hold numbers of different components
     pieces, columns = [], []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         decoded = model.from_spectrum(torch.lerp(*spectra, share))
-        piece = model.render(decoded, options.phase)[0].cpu()
+        piece = model.render(decoded)[0].cpu()
         # a mean of two log spectra has fewer peaks than either: it would be quiet
         piece *= loudness[0] ** (1 - share) * loudness[1] ** share / piece.square().mean().sqrt().clamp(min=1e-9)
         edge = (torch.arange(HOP) + 0.5) / HOP  # 20 ms in and out, so that the joints do not click
@@ -117,10 +143,56 @@ def sample(command: Command, world: World) -> int:
     results, columns = results_for(command, [*names, "samples.png"], ()), []
     for i, name in enumerate(names):
         decoded = model.sample(ag.Noise(options.seed, [i], world.device))
-        ag.write_wav(results / name, not_clipped(model.render(decoded, options.phase)[0].cpu()))
+        ag.write_wav(results / name, not_clipped(model.render(decoded)[0].cpu()))
         columns += [(f"sample {i}", model.preprocessor.unstandardise(decoded)[0].cpu())] * (i < 25)
     strip_figure(results / "samples.png", ag.title_of(model, f"from the prior, seed {options.seed}"), columns)
     ag.say(f"{len(names)} clip(s) of {CLIP / SAMPLE_RATE:.2f} s -> {results / names[0]} ..., {results / 'samples.png'}")
+    return 0
+
+
+@torch.no_grad()
+def morph(command: Command, world: World) -> int:
+    """Sounds between two classes (of one noise) or two noises (--other_seed), drawn in steps."""
+    options, model = command.options(MorphOptions), command.model(world)
+    results = results_for(command, ("morph.wav", "morph.png"), ())
+    labels, names = ag.pick_labels(options.label, model)
+    if len(names) > 2 and options.label:
+        raise UserError(f"--label {options.label}: morph goes from one class to one other", 2)
+    ends, seed = (0, -1), model.config.seed
+    if options.other_seed is None and (labels is None or len(names) < 2):
+        raise UserError("morph needs two classes (--label 3,7) or two noises (--other_seed)", 2)
+    sounds, titles, table = [], [], model.label.weight.clone()
+    for i in range(options.num_samples):
+        share = i / (options.num_samples - 1)
+        noise = MixedNoise((seed, seed if options.other_seed is None else options.other_seed),
+                           0.0 if options.other_seed is None else share, world.device)
+        chosen = None
+        if labels is not None:  # what the network knows of a class is its row of this table
+            model.label.weight[0] = torch.lerp(*(table[labels[end]] for end in ends), share)
+            chosen = torch.zeros(1, dtype=torch.int64, device=world.device)
+        sounds.append(model.sound(model.sample(chosen, noise))[0].cpu())
+        titles.append(f"{share:.0%}")
+    ag.write_wav(results / "morph.wav", ag.in_a_row(sounds, model.data.sample_rate), model.data.sample_rate)
+    what = " to ".join(dict.fromkeys(names[end] for end in ends)) if labels is not None else ""
+    ag.strip_of_sounds(results / "morph.png", ag.title_of(model, what), model, torch.stack(sounds), titles)
+    ag.say(f"{len(sounds)} sounds -> {results / 'morph.wav'}, {results / 'morph.png'}")
+    return 0
+
+
+@torch.no_grad()
+def denoise(command: Command, world: World) -> int:
+    """What the sampler takes the sound for at each of its steps, as pictures and one after the other."""
+    options, model = command.options(DenoiseOptions), command.model(world)
+    results, looks = results_for(command, ("denoise.wav", "denoise.png"), ()), []
+    labels, names = ag.pick_labels(options.label, model)
+    chosen = None if labels is None else labels[:1].to(world.device)
+    end = model.sample(chosen, ag.Noise(model.config.seed, [0], world.device),
+                       lambda t, _x, estimate: looks.append((f"t {t}", estimate)))
+    sounds = torch.cat([model.sound(picture).cpu() for _, picture in [*looks, ("end", end)]])
+    ag.write_wav(results / "denoise.wav", ag.in_a_row(sounds, model.data.sample_rate), model.data.sample_rate)
+    ag.strip_of_sounds(results / "denoise.png", ag.title_of(model, names[0]), model, sounds,
+                       [*(name for name, _ in looks), "end"])
+    ag.say(f"{len(sounds)} looks at it -> {results / 'denoise.wav'}, {results / 'denoise.png'}")
     return 0
 
 
@@ -144,9 +216,13 @@ def table(command: Command, world: World) -> int:
 
 
 TASKS: dict[str, tuple[Callable[[Command, World], int], type, list[str]]] = {  # task, its flags, families that can
-    "interpolate": (interpolate, InterpolateOptions, [k for k, family in FAMILIES.items() if family.can_interpolate]),
-    "sample": (sample, SampleOptions, [k for k, family in FAMILIES.items() if family.can_sample]),
+    "interpolate": (interpolate, InterpolateOptions, [k for k, family in FAMILIES.items()
+                                                      if getattr(family, "can_interpolate", False)]),
+    "sample": (sample, SampleOptions, [k for k, family in FAMILIES.items()
+                                       if issubclass(family, MelFamily) and family.can_sample]),
     "table": (table, TableOptions, list(ag.SUBJECT.preferred)),
+    "morph": (morph, MorphOptions, ["diffusion"]),
+    "denoise": (denoise, DenoiseOptions, ["diffusion"]),
 }
 
 

@@ -2,9 +2,9 @@
 # Regenerate sound with the trained model, or with the shipped one as long as none was trained. First run: sets up
 # (env.sh). No data set is needed.
 #
-#   ./infer.sh                          the shipped example -> results/audio_reconstructed_0.wav, _1.wav, a picture
+#   ./infer.sh                          the shipped examples -> results/NAME.iag, NAME_reconstructed.wav, a picture
 #   ./infer.sh --input song.wav         your own files -> results/song_reconstructed.wav; --help lists all flags
-#   INPUT=song.wav PHASE=original ./infer.sh    variables are the flags in capitals; a flag wins over its variable
+#   INPUT=song.wav MODEL=vae ./infer.sh         variables are the flags in capitals; a flag wins over its variable
 #   TASK=interpolate ./infer.sh         other questions to a model go to explore.py; TASK=--help lists them
 set -euo pipefail
 here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"

@@ -5,10 +5,11 @@
 #   MUSDB=full ./train.sh          the same on the whole songs (4.7 GB; replaces the excerpts); MUSDB=sample: these
 #   ./train.sh --resume            every flag works here; --help lists them
 #   EPOCHS=5 SEED=1 ./train.sh     variables are the flags in capitals; a flag wins over its variable
+#   MODEL=diffusion ./train.sh     learn to say digits (16 MB of recordings) instead of giving music back
 #   NPROC=2 ./train.sh             data-parallel: as many processes on this machine, one per GPU
 #
-# When no data set is named and MUSDB18 can't be downloaded, or ffmpeg is missing, made-up sounds (--dataset synthetic)
-# take its place, so that a first try always ends with a trained model; one that is named, by MUSDB too, never is.
+# When no data set is named and the usual one can't be downloaded, or ffmpeg is missing, made-up sounds (synthetic) take
+# its place, so that a first try always ends with a trained model; one that is named, by MUSDB too, never is replaced.
 set -euo pipefail
 here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source-path=SCRIPTDIR source=../env.sh
@@ -27,11 +28,11 @@ for word in "$@"; do
     esac
 done
 # ffmpeg listens for keys, which would stop a job in the background: there are none
-[[ -n "$named$asked" ]] || "$PYTHON" "${script[@]}" --prepare_data --dataset musdb "$@" </dev/null || status=$?
+[[ -n "$named$asked" ]] || "$PYTHON" "${script[@]}" --prepare_data "$@" </dev/null || status=$?
 if [[ -z "${MUSDB:-}" && "$status" == [34] ]]; then # the script's exit codes for "can't be downloaded" and "no ffmpeg"
     cat >&2 <<END
 ********************************************************************************
-* MUSDB18 can't be used: the reason and the remedy stand in the line above.
+* The data set can't be used: the reason and the remedy stand in the line above.
 *
 * This trains on made-up sounds (--dataset synthetic) INSTEAD.
 * The checkpoint and every picture will say so.

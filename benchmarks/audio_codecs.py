@@ -5,10 +5,10 @@
     python benchmarks/audio_codecs.py --folder my_music --what stereo --rates 96     own files, up to 30 s of each
     python benchmarks/audio_codecs.py --folder my_music --what speed --hour          and an hour of stereo, streamed
 
-mono      at 16 kHz, 16 to 96 kbit/s; stereo: at 44.1 kHz, 64 to 160 kbit/s. Each codec writes a file, whose true
-          size counts; what comes back is shifted by whole samples to where it fits best (codecs have a delay), and
-          not scaled. Peers seldom hit the rate they are asked for: beside each file of theirs ours is written again
-          as large as that one, and the gaps are between these two files.
+mono      at 16 kHz, 16 to 96 kbit/s, and the files of the mel models, which have one size; stereo: at 44.1 kHz, 64 to
+          160 kbit/s. Each codec writes a file, whose true size counts; what comes back is shifted by whole samples to
+          where it fits best (codecs have a delay), and not scaled. Peers seldom hit the rate they are asked for: beside
+          each file of theirs ours is written again as large as that one, and the gaps are between these two files.
 savings   at 16 kHz, against the plain coder: bytes of the learned probabilities for the same quantised lines, bytes
           of the whole codec at equal SNR, the rate for 27 dB, SNR at 62 kbit/s. Ours are whole files with headers,
           of the plain coder only the code length counts; its rates are interpolated along its own curve.
@@ -58,6 +58,9 @@ FIGURES = {  # title, format
     "si_sdr_db": ("SI-SDR, dB", ".2f"), "lsd_db": ("LSD, dB", ".2f"), "mr_stft": ("MR-STFT", ".3f"),
     "mel_mse": ("mel MSE", ".4f"), "pesq_wb": ("PESQ", ".2f"), "stoi": ("STOI", ".3f")}
 SAVING_RATES = (16, 32, 62)
+MEL_MODELS = ("autoencoder", "vae")
+BLIND = ("mel_mse", "lsd_db", "mr_stft")  # to phase
+NO_SNR = "The mel models keep no phase (Griffin-Lim makes it up): SNR and SI-SDR say nothing about them."
 
 
 # === the codecs ===
@@ -186,7 +189,16 @@ class Bench:
         return dataclasses.replace(self.model.config, bitrate=kbits, quality=None)
 
     def ours(self, audio: np.ndarray, rate: int, kbits: float) -> tuple[np.ndarray, int]:
-        return ag.coded(self.coder, self.config(kbits), audio, rate, self.folder)
+        self.coder.config = self.config(kbits)
+        return ag.coded(self.coder, audio, rate, self.folder)
+
+    def latents(self, audio: np.ndarray) -> Iterator[dict[str, Any]]:
+        """One sound [L 1] by the file of each mel model: its phases are made up, so that of the figures that compare
+        waveforms none means anything."""
+        for name in MEL_MODELS:
+            coder = ag.restore_model(ag.load_checkpoint(ag.SUBJECT.shipped(name, "musdb"))).eval().coder()
+            entry = self.entry(name, audio, *ag.coded(coder, audio, ag.SAMPLE_RATE, self.folder), ag.SAMPLE_RATE)
+            yield {"codec": name} | {k: v for k, v in entry.items() if k in ("bytes", "kbit_per_second", *BLIND)}
 
     def entry(self, codec: str, audio: np.ndarray, estimate: np.ndarray, size: int, rate: int) -> dict:
         reasons = self.reasons.setdefault(codec, {})
@@ -415,6 +427,13 @@ def markdown(results: dict[str, Any]) -> str:
             cells[-1] += [f"{row['measured']}" + f" of {row['tracks']}: {row['reason']}" * bool(row["reason"])]
         text += [f"## {kind}, {group}", "", *grid(["codec", "asked", *(FIGURES[name][0] for name in names),
                                                    "ours more: SNR, dB", "mel MSE", "tracks"], cells)]
+    if results["mel_models"]:
+        groups = dict.fromkeys((e["group"], e["codec"]) for e in results["mel_models"])
+        rows = [[e for e in results["mel_models"] if (e["group"], e["codec"]) == key] for key in groups]
+        text += ["## mono, files of the mel models", "", NO_SNR, "", *grid(
+            ["group", "model", *(FIGURES[name][0] for name in ("kbit_per_second", *BLIND)), "tracks"],
+            [[*key, *(shown(spread([e[k] for e in row]), f".{2 if k == 'kbit_per_second' else 3}f")
+                      for k in ("kbit_per_second", *BLIND)), len(row)] for key, row in zip(groups, rows)])]
     text += [f"{name}: {reason}\n" for name, reason in results["reasons"].items()]
     text += ["## aims", "", *aims(results)] if results["savings"] or results["table"] else []
     for what, rows in (("speed, times real time", results["speed"]), ("long file", results["hour"])):
@@ -423,8 +442,8 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def draw(table: list[dict[str, Any]], path: Path) -> None:
-    """SNR and mel distance against true kbit/s, means over tracks"""
+def draw(table: list[dict[str, Any]], mel_models: list[dict[str, Any]], path: Path) -> None:
+    """SNR and mel distance against true kbit/s, means over tracks; of the mel models, at one rate each, the latter"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -440,10 +459,19 @@ def draw(table: list[dict[str, Any]], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points), marker="o", ms=4, lw=2.5 if codec == OURS else 1.3, label=codec,
                           color=f"C{color}", ls="--" if codec == PLAIN else "-")
+        ticks = sorted({row["asked"] for row in rows})
+        for color, model in enumerate(MEL_MODELS, len(PEERS) + 2):
+            found = [e for e in mel_models if panel == ("mono", e["group"]) and e["codec"] == model]
+            if found and number:
+                point = [np.mean([e[key] for e in found]) for key in ("kbit_per_second", "mel_mse")]
+                axis.plot(*point, marker="*", ms=12, ls="", label=f"{model}, file of its latents", color=f"C{color}")
+                ticks.append(round(point[0], 2))
+            elif found and model == MEL_MODELS[0]:
+                axis.text(0.98, 0.02, "autoencoder, vae: phase made up, no SNR", transform=axis.transAxes, ha="right",
+                          fontsize=7)
         label = ("SNR, dB (higher is better)", "mel MSE (lower is better)")[number]
         axis.set(xscale="log", yscale=("linear", "log")[number], title=", ".join(panel), ylabel=label,
                  xlabel="kbit/s of the whole file")
-        ticks = sorted({row["asked"] for row in rows})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3, which="both")
@@ -480,7 +508,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name:
         bench, tracks = Bench(args, Path(name)), list(load(args))
         results: dict[str, Any] = {
-            "machine": ag.provenance(), "entries": [], "savings": [], "speed": [], "hour": [],
+            "machine": ag.provenance(), "entries": [], "mel_models": [], "savings": [], "speed": [], "hour": [],
             "checkpoint": f"{args.checkpoint.name} (sha256 {ag.file_digest(args.checkpoint)[:12]})"}
         pair = next((sounds["stereo"] for _, sounds in tracks if "stereo" in sounds), None)
         if pair is None and (args.hour or "speed" in args.what):
@@ -493,6 +521,9 @@ def run(args: argparse.Namespace) -> int:
                 results["entries"] += [key | e for e in bench.compare(audio, KINDS[kind][0], kbits)]
                 ag.write_json(place.with_suffix(".part.json"), results)  # what a stopped run leaves
                 bar.update()
+        for track, sounds in tracks if "mono" in args.what else ():
+            key = {"group": track.stem, "track": track.name}
+            results["mel_models"] += [key | entry for entry in bench.latents(sounds["mono"])]
         for track, _ in tracks if "savings" in args.what else ():
             row = savings(bench, track.audio)
             results["savings"].append({"track": track.name, "group": track.stem} | row)
@@ -506,7 +537,7 @@ def run(args: argparse.Namespace) -> int:
     with ag.replacing(place.with_suffix(".md")) as part:
         part.write_text(markdown(results))
     if results["table"]:
-        draw(results["table"], place.with_suffix(".png"))
+        draw(results["table"], results["mel_models"], place.with_suffix(".png"))
     ag.say(f"{markdown(results)}\n-> {place}, {place.with_suffix('.md').name}" +
            f", {place.with_suffix('.png').name}" * bool(results["table"]))
     return 0

@@ -97,7 +97,7 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
         except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n' * (kind is int)} {kind.__name__}") from None
         if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
-            limit = f"{'above' if open_low else 'at least'} {low:g}" + f" and at most {high:g}" * (high < math.inf)
+            limit = f"{'above' if open_low else 'at least'} {low:g}" + f" and at most {high:,.12g}" * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text} is out of range: must be {limit}")
         return value
 
@@ -221,6 +221,8 @@ class Family(nn.Module, abc.ABC):
     family's options, `options` names the dataclass of what each mode can be told beside."""
     config_class: type
     options: dict[str, type]
+    data_options: dict[str, type]  # the same of its data
+    remembered: tuple[str, ...] = ()  # of these, what a look at a trained model takes from its run
     results_folder = ""  # below results/
     can_sample = True  # whether it is what --mode infer and evaluate take unless told otherwise
     descends = True  # whether the loss is to fall: if so, one that explodes stops the run
@@ -584,8 +586,6 @@ class DiffusionConfig(RunConfig):
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise UserError(f"--objective {self.objective} is no more: use the version of the script that knew it")
-        if self.channels % 16:
-            raise UserError(f"--channels {self.channels}: must be a multiple of 16", 2)
         for name, values in DIFFUSION_RECIPES.items():
             if getattr(self, name) in (None, "ddpm", "heun"):  # ddpm, heun: in older files
                 object.__setattr__(self, name, values[OBJECTIVES.index(self.objective)])  # the class is frozen
@@ -593,24 +593,20 @@ class DiffusionConfig(RunConfig):
             raise UserError(f"--sampler {self.sampler} does not draw from a model of --objective {self.objective}", 2)
 
 
-class DiffusionModel(ImageModel):
-    """A U-Net that predicts the flow noise - image from x_t, time and class label.
+class FlowModel(Family):
+    """A U-Net that predicts the flow noise - picture from x_t, time and class label: network, objective and sampling.
 
     Works on 2x2 pixel blocks (pixel-unshuffle): half the resolution with four times the channels, which on a CPU is
     several times faster. Deviations from [Ho20]: that door; attention at the lowest level only; no dropout.
     """
-    config_class = DiffusionConfig
-    fixed = {"schedule": (None, "straight")}
-    older = {"muon_rate": 0.0, "temperature": 1.0}
 
-    def __init__(self, config: DiffusionConfig, data: DataInfo) -> None:
-        super().__init__(config, data)
-        if data.image_size % 2 ** config.levels:
-            raise UserError(f"images of {data.image_size} pixels can't be halved --levels {config.levels} times: "
-                            f"use an --image_size divisible by {2 ** config.levels}, or fewer levels", 2)
+    def build(self, planes: int, classes: int) -> None:
+        """The network for x [B planes H W], H and W divisible by 2^levels, and 2 or more classes, or without labels"""
+        config, embedding, pixels = self.config, 256, 4 * planes
+        if config.channels % 16:
+            raise UserError(f"--channels {config.channels}: must be a multiple of 16", 2)
         widths = [config.channels * 2 ** level for level in range(config.levels)]
-        embedding, pixels = 256, 4 * data.channels
-        self.classes = len(data.classes) if len(data.classes) > 1 else 0
+        self.classes = classes if classes > 1 else 0
         self.time = nn.Sequential(PositionalEncoding(config.channels), nn.Linear(config.channels, embedding), nn.SiLU(),
                                   nn.Linear(embedding, embedding))
         self.label = nn.Embedding(self.classes + 1, embedding)  # the last row stands for "no label"
@@ -658,6 +654,106 @@ class DiffusionModel(ImageModel):
         return Muon(matrices, others, self.config.muon_rate, lr=self.config.learning_rate, betas=self.betas,
                     weight_decay=self.config.weight_decay, fused=self.alphas.device.type != "mps")
 
+    def visited_times(self, share: Tensor) -> Tensor:
+        """Timesteps 1..1000 at the given quantiles (0..1) of the logit-normal distribution that training visits: more
+        of the middle, where there is most to learn ([Esser24]), and of the noisy end, where half of drawing happens."""
+        return ((1.2 * torch.special.ndtri(share) + 0.3).sigmoid() * TIMESTEPS).long().clamp(0, TIMESTEPS - 1) + 1
+
+    def noisy(self, pictures: Tensor, times: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """x_t and the flow."""
+        noise = draw.normal(*pictures.shape[1:])
+        alpha, sigma = (s[times][:, None, None, None] for s in (self.alphas, self.sigmas))
+        return alpha * pictures + sigma * noise, noise - pictures
+
+    def some_hidden(self, labels: Tensor, draw: Draw) -> Tensor:
+        """Labels [B] of which a share is replaced by "no label"."""
+        hidden = draw.uniform() < self.config.label_dropout
+        return labels.masked_fill(hidden, self.classes) if self.classes else torch.zeros_like(labels)
+
+    def flow_loss(self, pictures: Tensor, labels: Tensor, draw: Draw) -> Tensor:
+        """Mean squared error of the predicted flow ([Lipman23] eq. 23) at random times: one from each of as many equal
+        parts as the batch has pictures, for a steadier gradient."""
+        parts = torch.arange(draw.total, device=draw.device)[draw.rows]
+        times = self.visited_times((parts + draw.uniform()) / draw.total)
+        x, flow = self.noisy(pictures, times, draw)
+        with self.cast():
+            prediction = self(x, times, labels)
+        return F.mse_loss(prediction.float(), flow)
+
+    @torch.no_grad()
+    def held_out_loss(self, pictures: Tensor, labels: Tensor, draw: Draw) -> dict[str, float]:
+        """Over the times that training visits, also by quarter of them (0: cleanest, 3: noisiest)."""
+        times = self.visited_times((torch.arange(len(pictures), device=pictures.device) + 0.5) / len(pictures))
+        x, flow = self.noisy(pictures, times, draw)
+        with self.cast():
+            prediction = self(x, times, labels if self.classes else torch.zeros_like(labels))
+        errors = (prediction.float() - flow).square().flatten(1).mean(1)
+        quarters = {f"t{i}_val_loss": quarter.mean().item() for i, quarter in enumerate(errors.tensor_split(4))
+                    if len(quarter)}
+        return {"val_loss": errors.mean().item()} | quarters
+
+    def guided(self, x: Tensor, times: Tensor, labels: Tensor, scale: float) -> Tensor:
+        """The flow, led away from what it would be without label ([HoSal22]); twice the work unless `scale` is 1."""
+        if scale == 1 or not self.classes:
+            return self(x, times, labels).float()
+        nothing = torch.full_like(labels, self.classes)
+        both = self(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, nothing])).float()
+        with_label, without = both.chunk(2)
+        return without + scale * (with_label - without)
+
+    def denoiser(self, labels: Tensor | None, count: int) -> Denoiser:
+        """The function that samplers call: the guided estimate of the clean picture, clipped to [-1, 1]."""
+        labels = torch.full((count,), self.classes, device=self.alphas.device) if labels is None or not self.classes \
+            else labels
+
+        def denoise(x: Tensor, t: int) -> Tensor:
+            flow = self.guided(x, torch.full((count,), t, device=x.device), labels, self.config.guidance)
+            alpha, sigma = self.noise_schedule.alphas[t].item(), self.noise_schedule.sigmas[t].item()
+            return ((x - sigma * flow) / (alpha + sigma)).clamp(-1, 1)  # both equations, solved for the picture
+
+        return denoise
+
+    def times(self) -> list[int]:
+        """The timesteps at which sampling looks"""
+        return self.noise_schedule.times(self.config.steps)
+
+    @torch.no_grad()
+    def draw(self, labels: Tensor | None, noise: Noise, shape: Sequence[int],
+             watch: Callable[[int, Tensor, Tensor], None] = lambda *_: None) -> Tensor:
+        """Pictures of the given shape [C H W]. `watch` is told of each look that the sampler takes: t, x_t and the
+        estimate of the picture, [B C H W]."""
+        times, denoise = self.times(), self.denoiser(labels, len(noise))
+
+        def watched(x: Tensor, t: int) -> Tensor:
+            estimate = denoise(x, t)
+            watch(t, x, estimate)
+            return estimate
+
+        # but for x_t's trace of signal (alpha is about 0.01); on the straight path sigma is 0.988 there, not 1
+        x = self.config.temperature * self.noise_schedule.sigmas[times[0]].item() * noise.normal(*shape)
+        with self.cast():
+            return SAMPLERS[self.config.sampler](watched, x, times, self.noise_schedule, noise)
+
+    def describe_sampling(self) -> dict[str, Any]:
+        steps = len(self.times())
+        guided = self.classes > 0 and self.config.guidance != 1
+        return {"sampler": self.config.sampler, "steps": steps, "guidance": self.config.guidance,
+                "network_evaluations": steps * (1 + guided)}
+
+
+class DiffusionModel(FlowModel, ImageModel):
+    """A `FlowModel` of images, or what consistency tuning made of one."""
+    config_class = DiffusionConfig
+    fixed = {"schedule": (None, "straight")}
+    older = {"muon_rate": 0.0, "temperature": 1.0}
+
+    def __init__(self, config: DiffusionConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        if data.image_size % 2 ** config.levels:
+            raise UserError(f"images of {data.image_size} pixels can't be halved --levels {config.levels} times: "
+                            f"use an --image_size divisible by {2 ** config.levels}, or fewer levels", 2)
+        self.build(data.channels, len(data.classes))
+
     def prepare(self, data: Any, device: torch.device) -> None:
         """Start from the averaged weights of --init."""
         if self.config.init:
@@ -683,19 +779,10 @@ class DiffusionModel(ImageModel):
         return self.frozen[0]
 
     def losses(self, batch: Batch) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Mean squared error of the predicted flow ([Lipman23] eq. 23) at random times; or `consistency_loss`."""
-        hidden = batch.draw.uniform() < self.config.label_dropout
-        labels = batch.labels.masked_fill(hidden, self.classes) if self.classes else torch.zeros_like(batch.labels)
-        if self.config.objective == "consistency":
-            yield "model", self.consistency_loss(batch, labels), {}
-            return
-        draw = batch.draw  # one time from each of as many equal parts as the batch has images: a steadier gradient
-        parts = torch.arange(draw.total, device=draw.device)[draw.rows]
-        times = self.visited_times((parts + draw.uniform()) / draw.total)
-        x, flow = self.noisy(batch, times)
-        with self.cast():
-            prediction = self(x, times, labels)
-        yield "model", F.mse_loss(prediction.float(), flow), {}
+        """The flow's, or `consistency_loss`"""
+        labels = self.some_hidden(batch.labels, batch.draw)
+        yield "model", self.consistency_loss(batch, labels) if self.config.objective == "consistency" else \
+            self.flow_loss(batch.images, labels, batch.draw), {}
 
     def consistency_loss(self, batch: Batch, labels: Tensor) -> Tensor:
         """The network's flow becomes the mean one from t down to 0 ([Song23]; the gap shrinks over the run, [Geng24]):
@@ -706,7 +793,7 @@ class DiffusionModel(ImageModel):
         gap = 0.5 * 0.125 ** batch.progress  # share of the way: from a half to a sixteenth
         earlier = (times * (1 - gap)).round().long()
         earlier = earlier.masked_fill(earlier < 2, 0)
-        x, _ = self.noisy(batch, times)
+        x, _ = self.noisy(batch.images, times, batch.draw)
         sigma, rest = (self.sigmas[t][:, None, None, None] for t in (times, earlier))
         with torch.no_grad(), self.cast():
             flow = self.teacher().guided(x, times, labels, self.config.teacher_guidance)
@@ -717,84 +804,22 @@ class DiffusionModel(ImageModel):
         errors = (prediction - target).square().flatten(1).mean(1)
         return ((errors + HUBER ** 2).sqrt() - HUBER).mean()
 
-    def visited_times(self, share: Tensor) -> Tensor:
-        """Timesteps 1..1000 at the given quantiles (0..1) of the logit-normal distribution that training visits: more
-        of the middle, where there is most to learn ([Esser24]), and of the noisy end, where half of drawing happens."""
-        return ((1.2 * torch.special.ndtri(share) + 0.3).sigmoid() * TIMESTEPS).long().clamp(0, TIMESTEPS - 1) + 1
-
-    def noisy(self, batch: Batch, times: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t and the flow."""
-        noise = batch.draw.normal(*batch.images.shape[1:])
-        alpha, sigma = (s[times][:, None, None, None] for s in (self.alphas, self.sigmas))
-        return alpha * batch.images + sigma * noise, noise - batch.images
-
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
-        """Held-out loss over the times that training visits, also by quarter of them (0: cleanest, 3: noisiest)."""
-        if self.config.objective == "consistency":
-            return {}
-        times = self.visited_times((torch.arange(len(batch.images), device=batch.images.device) + 0.5)
-                                   / len(batch.images))
-        x, flow = self.noisy(batch, times)
-        with self.cast():
-            prediction = self(x, times, batch.labels if self.classes else torch.zeros_like(batch.labels))
-        errors = (prediction.float() - flow).square().flatten(1).mean(1)
-        quarters = {f"t{i}_val_loss": quarter.mean().item() for i, quarter in enumerate(errors.tensor_split(4))
-                    if len(quarter)}
-        return {"val_loss": errors.mean().item()} | quarters
-
-    def guided(self, x: Tensor, times: Tensor, labels: Tensor, scale: float) -> Tensor:
-        """The flow, led away from what it would be without label ([HoSal22]); twice the work unless `scale` is 1."""
-        if scale == 1 or not self.classes:
-            return self(x, times, labels).float()
-        nothing = torch.full_like(labels, self.classes)
-        both = self(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, nothing])).float()
-        with_label, without = both.chunk(2)
-        return without + scale * (with_label - without)
-
-    def denoiser(self, labels: Tensor | None, count: int) -> Denoiser:
-        """The function that samplers call: the guided estimate of the clean image, clipped to [-1, 1]."""
-        labels = torch.full((count,), self.classes, device=self.alphas.device) if labels is None or not self.classes \
-            else labels
-
-        def denoise(x: Tensor, t: int) -> Tensor:
-            flow = self.guided(x, torch.full((count,), t, device=x.device), labels, self.config.guidance)
-            alpha, sigma = self.noise_schedule.alphas[t].item(), self.noise_schedule.sigmas[t].item()
-            return ((x - sigma * flow) / (alpha + sigma)).clamp(-1, 1)  # both equations, solved for the image
-
-        return denoise
+        return self.held_out_loss(*batch[:3]) if self.config.objective == "flow" else {}
 
     def times(self) -> list[int]:
-        """The timesteps at which sampling looks; those of few steps were tried out (RESULTS.md)."""
+        """Those of few steps were tried out (RESULTS.md)."""
         if self.config.sampler != "consistency":
-            return self.noise_schedule.times(self.config.steps)
+            return super().times()
         return [1000, 600, 300, 100][:self.config.steps] if self.config.steps <= 4 else \
             torch.linspace(TIMESTEPS, 100, self.config.steps).round().int().unique().flip(0).tolist()
 
-    @torch.no_grad()
     def sample(self, labels: Tensor | None, noise: Noise,
                watch: Callable[[int, Tensor, Tensor], None] = lambda *_: None) -> Tensor:
-        """`watch` is told of each look that the sampler takes: t, x_t and the estimate of the image, [B C H W]."""
-        times, shape = self.times(), (self.data.channels, self.data.image_size, self.data.image_size)
-        denoise = self.denoiser(labels, len(noise))
-
-        def watched(x: Tensor, t: int) -> Tensor:
-            estimate = denoise(x, t)
-            watch(t, x, estimate)
-            return estimate
-
-        # but for x_t's trace of signal (alpha is about 0.01); on the straight path sigma is 0.988 there, not 1
-        x = self.config.temperature * self.noise_schedule.sigmas[times[0]].item() * noise.normal(*shape)
-        with self.cast():
-            x = SAMPLERS[self.config.sampler](watched, x, times, self.noise_schedule, noise)
+        x = self.draw(labels, noise, (self.data.channels, self.data.image_size, self.data.image_size), watch)
         # a grey pixel that is black but for a trace is a mean over images in which it is black: likeliest it is
         return torch.where(x.abs() > SETTLED, x.sign(), x) if self.data.channels == 1 else x
-
-    def describe_sampling(self) -> dict[str, Any]:
-        steps = len(self.times())
-        guided = self.classes > 0 and self.config.guidance != 1
-        return {"sampler": self.config.sampler, "steps": steps, "guidance": self.config.guidance,
-                "network_evaluations": steps * (1 + guided)}
 
 
 # === convolutions between image and code ===
@@ -1638,6 +1663,7 @@ def load_images(options: DataOptions, world: World | None = None) -> Images:
 
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                  "weights-inception-2015-12-05-6726825d.pth")  # the hash in the name is checked after the download
+FRECHET, KERNEL = "fid", "kid"  # what the distances are called
 NEIGHBOURS = 3  # k of precision and recall, as in [Kynk19]
 CLASS_FIGURES = ("class_share_min", "class_share_max", "classes_covered", "class_balance", "label_agreement")
 EVALUATION_SHARE = 0.1  # of an epoch's work may go into measuring it
@@ -1650,17 +1676,17 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureNet:
-    """A frozen network that turns uint8 images into feature vectors and class logits."""
+    """A frozen network that turns examples into feature vectors and class logits."""
     name: str
     width: int
     digest: str
-    apply: Callable[[Tensor], tuple[Tensor, Tensor]]
+    apply: Callable[[Tensor], tuple[Tensor, Tensor]]  # of images, uint8 [B C H W]; of sounds, float [B L]
     names_classes: bool  # its classes are those of the data, so that balance can be judged
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, batch: int = 250) -> Features:
-        """uint8 [N C H W] -> Features on the CPU"""
-        vectors, logits = zip(*map(self.apply, images.split(batch)), strict=True)
+    def __call__(self, examples: Tensor, batch: int = 250) -> Features:
+        """Examples [N ...] as `apply` takes them -> Features on the CPU"""
+        vectors, logits = zip(*map(self.apply, examples.split(batch)), strict=True)
         return Features(torch.cat(vectors).float().cpu(), torch.cat(logits).float().cpu())
 
     def describe(self) -> str:
@@ -1783,31 +1809,31 @@ def precision_recall(estimate: Tensor, reference: Tensor) -> tuple[float, float]
     return covered(estimate, reference), covered(reference, estimate)
 
 
-def nearest_distance(images: Tensor, train: Tensor) -> Tensor:
-    """Euclidean pixel distance (levels 0..255) of each image to the nearest training image: uint8 -> [N]."""
-    images, columns = images.flatten(1).float(), train.flatten(1).float()
+def nearest_distance(pictures: Tensor, train: Tensor) -> Tensor:
+    """Euclidean pixel distance (levels 0..255) of each picture to the nearest training picture: uint8 -> [N]."""
+    pictures, columns = pictures.flatten(1).float(), train.flatten(1).float()
     lengths = columns.square().sum(1)
-    nearest = [(lengths - 2 * rows @ columns.T).min(1).values + rows.square().sum(1) for rows in images.split(500)]
+    nearest = [(lengths - 2 * rows @ columns.T).min(1).values + rows.square().sum(1) for rows in pictures.split(500)]
     return torch.cat(nearest).clamp(min=0).sqrt()
 
 
 def measure(estimate: Features, reference: Features, net: FeatureNet, asked: Tensor | None = None,
             quick: bool = False) -> tuple[dict[str, float | None], dict[str, str]]:
-    """All metrics of a set of images against a reference, and the reasons for those that could not be computed.
-    `asked` [N] are the labels that the images were drawn for; `quick` leaves out the last three."""
+    """All metrics of a set of examples against a reference, and the reasons for those that could not be computed.
+    `asked` [N] are the labels that they were drawn for; `quick` leaves out the last three."""
     values: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     count, name = min(len(estimate.vectors), len(reference.vectors)), net.name
     for metric, least, *keys in (
-            (lambda *sets: [frechet_distance(*sets)], net.width, f"fid_{name}"),  # covariances need full rank
+            (lambda *sets: [frechet_distance(*sets)], net.width, f"{FRECHET}_{name}"),  # covariances need full rank
             (lambda *_: inception_score(estimate.logits), 0, f"is_{name}", f"is_{name}_std"),
-            (kernel_distance, NEIGHBOURS, f"kid_{name}", f"kid_{name}_std"),
+            (kernel_distance, NEIGHBOURS, f"{KERNEL}_{name}", f"{KERNEL}_{name}_std"),
             (precision_recall, NEIGHBOURS, f"precision_{name}", f"recall_{name}"))[:3 if quick else 4]:
         if count > least:
             values |= zip(keys, metric(estimate.vectors, reference.vectors))
         else:
             values |= dict.fromkeys(keys)
-            reasons |= dict.fromkeys(keys, f"needs more than {least} images, not {count}")
+            reasons |= dict.fromkeys(keys, f"needs more than {least} {SUBJECT.unit}s, not {count}")
     predicted = estimate.logits.argmax(1)
     if net.names_classes:
         shares = torch.bincount(predicted, minlength=estimate.logits.shape[1]) / len(predicted)
@@ -1816,7 +1842,7 @@ def measure(estimate: Features, reference: Features, net: FeatureNet, asked: Ten
                    "class_balance": (torch.special.entr(shares).sum() / math.log(len(shares))).item()}
         if asked is not None and not quick:
             values["label_agreement"] = (predicted == asked.cpu()).float().mean().item()
-    reason = "the images were not drawn for given labels" if net.names_classes else \
+    reason = f"the {SUBJECT.unit}s were not drawn for given labels" if net.names_classes else \
         f"the classes of {name} are not those of the data"
     for key in () if quick else CLASS_FIGURES:
         if key not in values:
@@ -2132,12 +2158,7 @@ def draw_curves(trainer: Trainer) -> None:
 # What the machine room must know of images.
 
 
-def sample_count(text: str) -> int:
-    count = number(int, 1)(text)
-    if count > 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text}: at most 1,000,000 at a time, as many as names of six digits tell "
-                                         "apart; for more give another --seed")
-    return count
+sample_count = number(int, 1, 1_000_000)  # as many as names of six digits tell apart
 
 
 @dataclass(frozen=True)
@@ -2179,6 +2200,8 @@ class WhichDataset:
 DiffusionModel.options = VaeModel.options = GanModel.options = {
     "train": TrainSampling, "infer": InferOptions, "evaluate": MeasureOptions}
 Classifier.options = {"train": Nothing, "infer": ClassifyOptions, "evaluate": Nothing}
+ImageModel.data_options = {"train": DataOptions, "infer": WhichDataset, "evaluate": DataOptions}
+ImageModel.remembered = ("dataset", "data_root", "image_size", "skip_bad")
 
 
 def named_classes(text: str, classes: Sequence[str]) -> list[str]:
@@ -2210,11 +2233,9 @@ class ImageSubject:
     outputs = ("metrics.jsonl", "training_loss.png", "final_samples.png", "epoch_comparisons", "evaluation.json", *(
         f"{task}.{kind}" for task in ("reconstruct", "interpolate", "traverse", "inspect", "denoise", "ood", "latent")
         for kind in ("png", "gif", "json")))
-    data_options = {"train": DataOptions, "infer": WhichDataset, "evaluate": DataOptions}
-    remembered = ("dataset", "data_root", "image_size", "skip_bad")
 
-    def shipped(self, key: str, dataset: str) -> Path:
-        return HERE / "pretrained" / f"{key}_{dataset}.pt"
+    def shipped(self, key: str, dataset: str | None = None) -> Path:
+        return HERE / "pretrained" / f"{key}_{dataset or self.dataset}.pt"
 
     def load(self, command: Command, world: World | None = None) -> Images:
         options = command.options(DataOptions)
@@ -2603,8 +2624,8 @@ class Command:
 
 def flags(mode: str, key: str, extra: type | None = None) -> dict[str, dataclasses.Field]:
     """What a mode and family can be told, name -> field; `extra` takes the place of the mode's own options."""
-    kinds = [RunOptions, *[TrainOptions] * (mode == "train"), SUBJECT.data_options[mode], FAMILIES[key].config_class,
-             extra or FAMILIES[key].options[mode]]
+    kinds = [RunOptions, *[TrainOptions] * (mode == "train"), FAMILIES[key].data_options[mode],
+             FAMILIES[key].config_class, extra or FAMILIES[key].options[mode]]
     return {f.name: f for kind in kinds for f in dataclasses.fields(kind)
             if mode == "train" or f.metadata["group"] not in ("optimisation", "model")}
 
@@ -2647,7 +2668,7 @@ def read_command(argv: Sequence[str] | None, mode: str = "", able: Sequence[str]
     `able` are the families to choose from where none is named."""
     words = list(sys.argv[1:] if argv is None else argv)
     early = [*dataclasses.fields(RunOptions)[:3], dataclasses.fields(TrainOptions)[0],
-             *(f for f in dataclasses.fields(SUBJECT.data_options["infer"]) if f.name == "dataset")]
+             *[f for k in FAMILIES for name, f in flags("infer", k).items() if name == "dataset"][:1]]
     mode = mode or vars(Parser(early, add_help=False).parse_known_args(words)[0]).get("mode", "train")
     words = environment({n: f for k in able or FAMILIES for n, f in flags(mode, k, extra).items()}) + words
     first = vars(Parser(early, add_help=False).parse_known_args(words)[0])
@@ -2666,7 +2687,8 @@ def read_command(argv: Sequence[str] | None, mode: str = "", able: Sequence[str]
 
 def remembered(given: dict[str, Any], state: dict, path: Path, mode: str) -> dict[str, Any]:
     """What the run that is continued was told, unless it may change half-way; for a look at a model, its data."""
-    known = {n: f for n, f in flags("train", state["family"]).items() if mode == "train" or n in SUBJECT.remembered}
+    known = {n: f for n, f in flags("train", state["family"]).items()
+             if mode == "train" or n in FAMILIES[state["family"]].remembered}
     run = state.get("run", {"dataset": state["data"]["dataset"]}) | state["config"]
     run = {name: Path(value) if value is not None and known[name].metadata["type"] is Path else value
            for name, value in run.items() if name in known and (mode == "train" or value is not None)}
@@ -2683,22 +2705,21 @@ def find_checkpoint(first: dict[str, Any], keys: Sequence[str]) -> tuple[Path, d
     nothing can be downloaded); else what is shipped."""
     if "checkpoint" in first:
         return first["checkpoint"], load_checkpoint(first["checkpoint"])
-    dataset, resume = first.get("dataset", SUBJECT.dataset), "resume" in first
-    shipped = next((p for k in keys if (p := SUBJECT.shipped(k, dataset)).exists() and not resume), None)
+    resume, asked = "resume" in first, {k: first.get("dataset") for k in FAMILIES if "dataset" in flags("infer", k)}
+    shipped = next((p for k in keys if (p := SUBJECT.shipped(k, asked.get(k))).exists() and not resume), None)
     trained = [path for k in keys for path in (HERE / "models").glob(FAMILIES[k].file_name(None))
                if ".previous" not in path.name]
     for path in sorted(trained, key=lambda path: path.stat().st_mtime, reverse=True):
-        state = load_checkpoint(path)
-        held = state["data"]["dataset"]
-        if shipped and "dataset" not in first and held in SUBJECT.stand_ins:
+        held, wanted = (state := load_checkpoint(path))["data"]["dataset"], asked.get(state["family"])
+        if shipped and wanted is None and held in SUBJECT.stand_ins:
             say(f"{path} was trained on stand-in data ({state['data']['title']}): this takes the shipped weights, "
                 f"--checkpoint {path} takes that one")
-        elif resume or first.get("dataset", held) == held:
+        elif resume or wanted in (None, held):
             say(f"this takes {path}" + f"; --checkpoint {shipped} takes the shipped weights" * bool(shipped))
             return path, state
     if shipped is None:
-        raise UserError(f"no {' or '.join(keys)} model for {dataset} to take: train one with --mode train, or name a "
-                        "file with --checkpoint")
+        raise UserError(f"no {' or '.join(keys)} model for {asked.get(keys[0]) or SUBJECT.dataset} to take: train one "
+                        "with --mode train, or name a file with --checkpoint")
     return shipped, load_checkpoint(shipped)
 
 
@@ -2727,7 +2748,7 @@ def run_train(command: Command, world: World) -> int:
         world.average([t for t in model.state_dict().values() if t.is_floating_point()])  # all start from the same
     model.precision = pick_precision(given.get("precision", "auto"), world.device)  # not yet while it prepares
     known = {name: str(value.resolve()) if isinstance(value, Path) else value
-             for kind in (SUBJECT.data_options["train"], family.options["train"])
+             for kind in (family.data_options["train"], family.options["train"])
              for name, value in dataclasses.asdict(command.options(kind)).items()}
     trainer = Trainer(model, data, world, checkpoint, results, known | between.remembered | {
         "precision": str(model.precision).removeprefix("torch."), "results_dir": str(results.resolve())})

@@ -142,7 +142,7 @@ def job(outputs: int) -> Callable[[Callable], Callable]:
                 while thread.join(0.5) or thread.is_alive():
                     yield (f"{box['note']}, {time.perf_counter() - started:.0f} s", *[gr.skip()] * outputs)
                 if "error" in box:
-                    raise gr.Error(one_line(box["error"]), duration=20, print_exception=False)
+                    raise gr.Error(one_line(box["error"]), duration=None, print_exception=False)
                 yield box["result"]  # Gradio copies the files before it asks for more
             finally:  # perhaps in Gradio's event loop, which must not wait for the thread to notice
                 tidy = functools.partial(end, thread, folder, held)
@@ -358,7 +358,7 @@ def record_of(folder: Path) -> tuple[dict, str]:
     """What the script wrote about the one file, and that in words."""
     record = json.loads((folder / "inference.json").read_text())["files"][0]
     words = {"seconds": "{:g} s", "bytes": "{:,} bytes", "kbit_per_second": "{:.1f} kbit/s", "snr_db": "SNR {:.1f} dB",
-             "latent_numbers_per_second": "{:,.0f} numbers per second", "mel_mse": "mel error {:.3f}"}
+             "mel_mse": "mel error {:.3f}"}
     return record, ", ".join(text.format(record[key]) for key, text in words.items() if record.get(key) is not None)
 
 
@@ -396,12 +396,10 @@ def decode(folder: Path, file: Any) -> tuple:
 
 
 def speakers() -> tuple[dict[str, Path], str]:
-    """Weights of the sound generator, and why there are none."""
-    generator = ag.FAMILIES.get("diffusion")
-    if generator is None:
-        return {}, "this version has no sound generator (--model diffusion)"
-    found = weights(ag, lambda family: family is generator)
-    return found, "" if found else "no weights of the sound generator are in audio_gen/pretrained or audio_gen/models"
+    """Weights that say digits, and why there are none."""
+    found = {name: path for name, path in weights(ag, lambda family: family is ag.FAMILIES["diffusion"]).items()
+             if "spoken_digits" in name}
+    return found, "" if found else "no weights for spoken digits are in audio_gen/pretrained or audio_gen/models"
 
 
 @job(outputs=2)
@@ -411,7 +409,7 @@ def speak(folder: Path, digits: str, seed: int = 0, guidance: float | None = Non
     if reason:
         raise ag.UserError(reason)
     said = infer(ag, [chosen(ag, next(iter(found))), *flags(label=digits, seed=seed, guidance=guidance)], folder)
-    return (said[-1], *(next(map(str, sorted(folder.glob(kind))), None) for kind in ("*.wav", "*.png")))
+    return said[-1], str(folder / "drawn_in_a_row.wav"), str(folder / "drawn_sounds.png")
 
 
 # === compare ===
@@ -474,7 +472,7 @@ def follow(folder: Path, names: Sequence[str]) -> tuple:
         for axis, labels in zip(axes, (("step", "training loss"), ("epoch", "held-out loss")), strict=True):
             axis.set(xlabel=labels[0], ylabel=labels[1])
             axis.grid(alpha=0.3)
-    return f"read at {time.strftime('%H:%M:%S')}", str(folder / "training.png")
+    return f"read at {time.strftime('%H:%M:%S')}; shipped weights keep only their last epoch", str(folder / "training.png")
 
 
 @job(outputs=2)

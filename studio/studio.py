@@ -47,6 +47,7 @@ canvas.onpointerup = () => { props.value = canvas.toDataURL('image/png'); };
 element.querySelector('button').onclick = clear;
 clear();
 """
+STYLE = ".captioned img {padding-top: 2em}"  # below the label, which lies on the picture
 ASIDE = {"api_visibility": "private", "api_name": False, "concurrency_id": "work", "concurrency_limit": 1,
          "show_progress": "hidden"}
 
@@ -82,8 +83,10 @@ def plain(component: Any) -> Any:
     return component
 
 
-def number(value: float | None, label: str, info: str, precision: int | None = 0) -> Any:
-    return plain(gr.Number(value, label=label, info=info, precision=precision))
+def number(value: int | None, label: str, info: str) -> Any:
+    """Where there is no value, a text: Gradio shows an empty number as 0."""
+    return plain(gr.Textbox("", label=label, info=info) if value is None else
+                 gr.Number(value, label=label, info=info, precision=0))
 
 
 def choice(names: Sequence[str], info: str) -> Any:
@@ -95,7 +98,7 @@ def note(label: str = "What was done") -> gr.Textbox:
 
 
 def image(label: str) -> gr.Image:
-    return gr.Image(label=label, interactive=False, buttons=["download", "fullscreen"])
+    return gr.Image(label=label, interactive=False, buttons=["download", "fullscreen"], elem_classes="captioned")
 
 
 def draw_page() -> None:
@@ -114,7 +117,7 @@ def draw_page() -> None:
                       number(16, "Number of images", f"1 to {ig.GRID}."),
                       number(0, "Seed", "The same seed gives the same images, also on the command line."),
                       number(None, "Steps", "Diffusion: looks of the sampler. Empty: what suits the model."),
-                      number(None, "Guidance", "Diffusion: above 1, truer to the class, less varied. Empty: 1.", None)]
+                      number(None, "Guidance", "Diffusion: above 1, truer to the class, less varied. Empty: 1.")]
             event = runs("Draw", an.draw, inputs, [told, picture, archive, looks], "draw")
         for trigger in (event.success, place.change):
             trigger(an.way, [looks, place], seen, trigger_mode="always_last", **ASIDE)
@@ -160,19 +163,20 @@ def look_page() -> None:
 
 
 def sound_page() -> None:
-    names = an.weights(ag, lambda family: family is not ag.FAMILIES.get("diffusion"))
+    names = an.weights(ag, lambda family: issubclass(family, ag.SoundFamily))
     with tab("Sound", names, "audio_gen/pretrained and audio_gen/models are empty: audio_gen/train.sh trains a model"):
         left, right = columns()
         with right:
-            told, spectra = note(), image("Waveforms, spectrograms and their difference")
+            told = note()
             players = [gr.Audio(label=label, interactive=False) for label in ("Original", "Given back, as loud")]
             small = gr.File(label="The small file (.iag)", interactive=False)
+            spectra = image("Waveforms, spectrograms and their difference")
         with left:
             sound = plain(gr.Audio(type="filepath", label="Sound", sources=["upload", "microphone"]))
             gr.Examples([str(path) for path in sorted((ag.HERE / "examples").glob("*.flac"))], sound,
                         label="Or take an example", api_visibility="private")
-            model = choice(sorted(names, key=lambda name: name != CODEC), "The codec makes a small file; the others "
-                           "keep a few numbers and guess the phase.")
+            model = choice(sorted(names, key=lambda name: name != CODEC), "The codec keeps the waveform; the others "
+                           "make much smaller files and guess the phase.")
             rate = plain(gr.Slider(12, 192, 64, step=4, label="Bitrate", info="Codec: kbit/s of the small file."))
             runs("Give it back", an.regenerate, [sound, model, rate], [told, *players, spectra, small], "regenerate")
             runs("Only make the small file", an.encode, [sound, rate], [told, small], "encode")
@@ -188,8 +192,8 @@ def speak_page() -> None:
         with left:
             inputs = [plain(gr.Textbox("7", label="Digits", info="What is said, such as 4,2.")),
                       number(0, "Seed", "Another seed, another take."),
-                      number(None, "Guidance", "Higher: clearer and less varied. Empty: as trained.", None)]
-            runs("Speak", an.speak, inputs, outputs, "speak")
+                      number(None, "Guidance", "Higher: clearer and less varied. Empty: as trained.")]
+            runs("Say it", an.speak, inputs, outputs, "speak")
 
 
 def compare_page() -> None:
@@ -199,7 +203,8 @@ def compare_page() -> None:
                                   label="Models", info="Shipped, and trained here.")
         seed = number(0, "Seed", "Of the images that each model draws.")
         holder, told = gr.Column(), note()
-        gallery = gr.Gallery(label="Samples of the same seed", columns=2, object_fit="contain", height="auto")
+        gallery = gr.Gallery(label="Samples of the same seed", columns=[2, 2, 4], object_fit="contain",
+                             elem_classes="captioned")
         table = gr.Dataframe(label="Figures of evaluation.json, beside their floor", interactive=False, wrap=True)
         with holder:
             runs("Compare", an.compare, [picked, seed], [told, gallery, table])
@@ -306,7 +311,7 @@ def serve(argv: Sequence[str] | None) -> int:
     blocks.launch(server_name=options.host, server_port=options.port, inbrowser=options.browser, auth=auth, quiet=True,
                   share=False, prevent_thread_lock=True, max_file_size=int(options.max_mb * 2 ** 20), ssr_mode=False,
                   run_history=False, footer_links=["api"], enable_monitoring=False, state_session_capacity=100,
-                  theme=gr.themes.Base(**fonts))
+                  css=STYLE, theme=gr.themes.Base(**fonts))
     ig.say(f"http://{options.host}:{options.port} is open; Ctrl-C closes it" + (
         "" if options.host.startswith("127.") else ". It is open to every machine that reaches this one"
         + (", with name and password" if auth else " WITHOUT A PASSWORD: set STUDIO_AUTH=NAME:PASSWORD")))

@@ -257,7 +257,8 @@ def quiet(module: types.ModuleType, here: Path, patch=None) -> None:
     patch.setattr(subject, "between", lambda *_: Quiet(output))
     load = subject.load
     patch.setattr(subject, "load", lambda command, world: loaded(
-        module, command.mode, command.options(subject.data_options["train"]), lambda: load(command, world)))
+        module, command.mode, command.options(module.FAMILIES[command.key].data_options["train"]),
+        lambda: load(command, world)))
     for family in module.FAMILIES.values():
         patch.setattr(family, "prepare", prepared(family.prepare))
 
@@ -304,6 +305,7 @@ class Script:
     size: tuple  # of which one epoch has PER_EPOCH steps
     tiny: dict[str, tuple]  # family -> flags; the first is what most tests train
     drawing: tuple  # flags of an --mode infer that takes no time
+    own: dict[str, tuple] = dataclasses.field(default_factory=dict)  # family -> what takes the place of data and size
 
     def __str__(self) -> str:
         return self.name
@@ -323,7 +325,8 @@ class Script:
     def run(self, family: str = "", data: tuple = ()) -> tuple:
         """A training of 2 epochs of 5 steps each, with a checkpoint after every second step."""
         family = family or self.family
-        return (*COMMON, *self.size, *(data or self.data), "--model", family, *self.tiny[family], *SMALL)
+        told = data or self.own[family] if family in self.own else (*self.size, *(data or self.data))
+        return (*COMMON, *told, "--model", family, *self.tiny[family], *SMALL)
 
     def infer(self) -> tuple:
         return ("--mode", "infer", *COMMON, *self.drawing)
@@ -385,8 +388,11 @@ SCRIPTS = (
     Script("audio_gen", ("--dataset", "synthetic", "--num_samples", "5"), ("--crops", "10", "--batch_size", "2"), {
         "autoencoder": ("--width", "16", "--latent_dim", "8", "--n_mels", "32"),
         "vae": ("--width", "16", "--latent_dim", "8", "--n_mels", "32"),
-        "codec": ("--hidden", "8", "--n_mels", "32")},
-        ("--input", "tone.wav")))
+        "codec": ("--hidden", "8", "--n_mels", "32"),
+        "diffusion": ("--channels", "16", "--levels", "1", "--blocks", "1", "--steps", "2", "--n_mels", "16"),
+        "classifier": ("--width", "8", "--features", "8", "--n_mels", "16")},
+        ("--input", "tone.wav"), dict.fromkeys(("diffusion", "classifier"), (
+            "--dataset", "synthetic", "--seconds", "0.25", "--batch_size", "119"))))
 
 
 @contextlib.contextmanager

@@ -654,7 +654,7 @@ def test_what_is_no_file_of_this_model_is_refused_for_its_reason(short_file):
     first, second = data[starts[0]:starts[1]], data[starts[1]:starts[2]]
     version = data[:4] + bytes([ag.VERSION + 1]) + data[5:]
     for broken, *words in (
-            (b"", "no file of this codec"), (Path("sound.wav").read_bytes(), "no file of this codec"),
+            (b"", "no file of this script"), (Path("sound.wav").read_bytes(), "no file of this script"),
             (b"IAGC", "version"), (version, "version", "newer"), (data[:ag.HEADER.size], "header"),
             (with_header(data, digest=b"8 bytes."), "another model", "--checkpoint"),
             (with_header(data, samples=10 ** 15), "damaged"), (with_header(data, samples=0), "damaged"),
@@ -860,6 +860,229 @@ def test_plain_coder_keeps_to_its_bits():
         last = snr(found.numpy(), audio.numpy())
     assert ag.plain_bits(np.zeros((40, 512))) < 200  # adaptive tables learn that there is nothing
     assert ag.plain_bits(np.rint(lines.numpy() * 400)) > ag.plain_bits(np.rint(lines.numpy() * 200))
+
+
+# === files of the mel models: the same container, other contents ===
+
+
+@functools.cache
+def latent_model(family: str):
+    """Weights and statistics at random, so that each number has a width of its own"""
+    draw = torch.Generator().manual_seed(5)
+    cls = ag.FAMILIES[family]
+    small = {"latent_dim": 20, "width": 16, "n_mels": 32}
+    model = cls(cls.config_class(**small), INFO).eval()
+    with torch.no_grad():
+        model.basis.copy_(torch.linalg.qr(torch.randn(model.basis.shape, generator=draw))[0])
+        model.spread.copy_(40 * torch.rand(model.spread.shape, generator=draw) ** 4 + 0.01)
+        model.chosen.copy_(model.spread.flatten().topk(len(model.chosen)).indices)
+        if family == "autoencoder":
+            odds = torch.rand(model.sets.shape[0], model.spread.numel(), generator=draw)
+            model.sets.copy_((odds * model.spread.flatten()).topk(model.sets.shape[1]).indices)
+        model.preprocessor.mean.fill_(-8)
+        model.preprocessor.std.fill_(3)
+    return model
+
+
+def latents(family: str, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the linear code [n D] like those of music, heavy-tailed, with the sets they belong to"""
+    model, draw = latent_model(family), np.random.default_rng(seed)
+    numbers = torch.from_numpy(draw.laplace(0, 0.7, (count, model.spread.numel()))).float()
+    return numbers, torch.from_numpy(draw.integers(0, len(model.places()), count))
+
+
+MEL_FAMILIES = ("autoencoder", "vae")
+
+
+@pytest.fixture
+def latent_file():
+    """Writes a family's checkpoint into the current folder"""
+    def save(family: str) -> None:
+        model = latent_model(family)
+        ag.save_checkpoint(Path("model.pt"), {
+            "format": ag.SUBJECT.format, "family": family, "data": vars(INFO), "made": {}, "history": [],
+            "config": vars(model.config), "ema": model.state_dict()})
+    return save
+
+
+@pytest.mark.parametrize("family", MEL_FAMILIES)
+def test_tables_of_latents_are_those_of_laplace_on_any_machine(family):
+    """Counts of 2^16 that no other library's exp, however it rounds, could round to another whole number; the same of
+    the widths, which are compared with irrational numbers."""
+    worker = latent_model(family).coder()
+    scale, low = 0.06 * 2 ** (np.arange(ag.SCALES) / 4), ag.low_bits(np.arange(ag.SCALES))
+    edges = ((np.arange(ag.LARGEST + 1) << low[:, None]) - 0.5).clip(min=0)
+    beyond = np.concatenate([np.exp(-edges / scale[:, None]), np.zeros((ag.SCALES, 1))], 1)
+    counts = -np.diff(beyond) * 2 ** 16
+    assert np.abs(counts % 1 - 0.5).min() > 1e-7
+    assert np.array_equal(worker.probabilities * 2 ** 16, np.rint(counts).clip(1))
+    borders = 2 ** (np.arange(-79.5, 80) / 4)
+    nearest = borders.astype(np.float32).astype(np.float64)
+    assert np.abs(nearest / borders - 1).min() > 1e-12
+    expected = np.floor(4 * np.log2(worker.spread.numpy()) + 0.5)
+    assert np.array_equal(worker.wide, expected)
+
+
+@pytest.mark.parametrize("family", MEL_FAMILIES)
+@pytest.mark.parametrize("count, factor", [(1, 1), (8, 1), (3, 0), (5, 1e4), (2, 1e9)])
+def test_latents_come_back_within_half_a_step_in_as_many_bits_as_the_tables_say(family, count, factor):
+    """Also silence, and numbers far beyond what the training set has."""
+    worker, (numbers, sets) = latent_model(family).coder(), latents(family, count)
+    values = worker.rounded(factor * numbers, sets)
+    data = worker.pack(values, sets)
+    found = worker.unpack(data, count, worker.step)
+    assert torch.equal(found, worker.spectrum(values, sets, worker.step))
+    if factor <= 1e4:
+        kept, exact = (x.gather(1, worker.places[sets]) for x in (found, factor * numbers))
+        assert ((kept - exact).abs() <= 0.5001 * worker.unit(sets, worker.step) + 1e-5 * exact.abs()).all()
+        assert (found != 0).sum() <= kept.numel()
+    bits = worker.code_lengths(worker.tables(sets, worker.step), np.abs(values)).sum() + count * math.log2(worker.sets)
+    assert 0 <= 8 * len(data) - bits + 8 <= 0.005 * bits + 3 * 32  # the last word is not full
+
+
+@pytest.mark.parametrize("family", MEL_FAMILIES)
+def test_rounding_is_as_fine_as_was_meant_and_steps_are_worth_their_bits(family):
+    """White noise of a step's width over all numbers is 2 % of what the linear code leaves out, within the grid."""
+    model = latent_model(family)
+    worker = model.coder()
+    step = 2.0 ** (8 - worker.step / 4)
+    assert 0.8 < step ** 2 / 12 * worker.places.shape[1] / (model.ROUNDING * model.missed().item()) < 1.2
+    numbers, sets = latents(family, 40)
+    found, _ = worker.through(numbers, sets, torch.full((40,), ag.FRAMES))
+    error = ((found - numbers) * model.spread.flatten()).gather(1, worker.places[sets])
+    assert error.square().mean().item() < 1.05 * step ** 2 / 12  # of numbers narrower than a step it is less
+
+
+@pytest.mark.parametrize("family", MEL_FAMILIES)
+@pytest.mark.parametrize("seconds", [0.001, 2, 38])
+def test_sound_of_a_mel_file_is_the_decoded_quantised_latents(family, seconds):
+    """A file of one chunk or more, against decoding what was rounded without any file."""
+    model, audio = latent_model(family), song(seconds)
+    worker = model.coder()
+    header = worker.write(write("a.wav", audio, subtype="FLOAT"), Path("a.iag"), 32)
+    ag.decode_file(worker, Path("a.iag"), Path("a_out.wav"))
+    found, true = load("a_out.wav")[:, 0], ag.read_audio(Path("a.wav"))
+    assert (header.rate, header.channels, header.samples) == (16_000, 1, len(audio)) and len(found) == len(audio)
+    with torch.no_grad():
+        rounded = []
+        for clips in ag.clips_of(model, true):
+            codes = model.encode(clips)
+            values = worker.rounded(model.place(codes), model.set_of(codes))
+            rounded.append(model.from_spectrum(worker.spectrum(values, model.set_of(codes), worker.step)))
+        direct = ag.render_long(model, ag.joined(model, rounded, len(true)))[:len(true)]
+    expected = (direct * (np.abs(found).max() / direct.abs().max())).numpy()  # the file has a loudness of its own
+    assert snr(found, expected) > 60
+    loud = 20 * math.log10(np.sqrt(np.square(found).mean()) / true.square().mean().sqrt().item())
+    assert abs(loud) < 0.3 or np.abs(found).max() > 0.99
+    clips = ag.clip_count(model, len(true))
+    chunks = -(-clips // ag.CLIPS_OF_A_CHUNK)
+    bits = sum(worker.code_lengths(worker.tables(model.set_of(codes), worker.step), np.abs(values)).sum()
+               for codes, values in [(codes, worker.rounded(model.place(codes), model.set_of(codes)))
+                                     for codes in map(model.encode, ag.clips_of(model, true))])
+    size = Path("a.iag").stat().st_size - ag.HEADER.size - 4 - 9 * chunks
+    assert -1 <= size - (bits + clips * math.log2(worker.sets)) / 8 <= 0.005 * bits / 8 + 8 * chunks
+
+
+def mel_file(family: str, monkeypatch) -> tuple[bytes, list[int], np.ndarray]:
+    """A file of four chunks, where each begins, and its sound"""
+    monkeypatch.setattr(ag, "CLIPS_OF_A_CHUNK", 1)
+    worker = latent_model(family).coder()
+    worker.write(write("sound.wav", song(16)), Path("whole.iag"), 16)
+    ag.decode_file(worker, Path("whole.iag"), Path("whole.wav"))
+    data, starts = Path("whole.iag").read_bytes(), [ag.HEADER.size + 4]
+    while starts[-1] < len(data):
+        starts.append(starts[-1] + 8 + int.from_bytes(data[starts[-1]:starts[-1] + 4], "little"))
+    assert len(starts) >= 5 and starts[-1] == len(data)
+    return data, starts, load("whole.wav")
+
+
+@pytest.mark.parametrize("family", MEL_FAMILIES)
+def test_damaged_and_foreign_mel_files_are_refused_as_the_codecs_are(family, monkeypatch):
+    data, starts, _ = mel_file(family, monkeypatch)
+    worker, other = latent_model(family).coder(), {"vae": "autoencoder", "autoencoder": "vae"}[family]
+    encode("sound.wav", "codec.iag", bitrate=24)
+    latent_model(other).coder().write(Path("sound.wav"), Path("other.iag"), 16)
+    made_up = ag.Header(worker.digest, 16_000, 1, 16, worker.step, 100)
+    wrong = [(data[:n], "" if n < starts[0] else "--salvage") for n in (0, 3, 20, 36, starts[1], starts[2] + 5,
+                                                                        len(data) - 1)]
+    wrong += [(data[:n] + bytes([data[n] ^ 4]) + data[n + 1:], "") for n in (0, 4, 9, 30, *(s + 9 for s in starts[:-1]),
+                                                                              *(s + 1 for s in starts[:-1]))]
+    wrong += [(data[:4] + bytes([ag.VERSION + 1]) + data[5:], "newer"), (Path("sound.wav").read_bytes(), "no file of"),
+              (Path("codec.iag").read_bytes(), "another model"), (Path("other.iag").read_bytes(), "another model"),
+              (data + b"more", "damaged"), (with_header(data, channels=2), "header"),
+              (with_header(data, rate=44_100), "header"), (with_header(data, samples=10 ** 15), "damaged"),
+              (with_header(data, samples=0), "damaged"), (made_up.pack() + record(b""), "damaged"),
+              (made_up.pack() + record(b"\x30" + b"\xff" * 3), "damaged"),
+              (data[:starts[0]] + data[starts[1]:starts[2]] + data[starts[0]:starts[1]] + data[starts[2]:], "damaged")]
+    for broken, word in wrong:
+        Path("bad.iag").write_bytes(broken)
+        with pytest.raises(ag.UserError) as error:
+            ag.decode_file(worker, Path("bad.iag"), Path("bad.wav"))
+        assert "\n" not in str(error.value) and "bad.iag" in str(error.value) and word in str(error.value)
+        assert not list(Path().glob("*bad.wav*"))
+    for reader in (coder(), latent_model(other).coder()):
+        with pytest.raises(ag.UserError, match="another model"):
+            ag.decode_file(reader, Path("whole.iag"), Path("bad.wav"))
+    for content in (b"\0" * 41, b"\x30" + b"\xff" * 40, bytes(range(41))):  # what no coder wrote: anything but a crash
+        Path("bad.iag").write_bytes(made_up.pack() + record(content))
+        try:
+            ag.decode_file(worker, Path("bad.iag"), Path("made_up.wav"))
+            assert np.isfinite(load("made_up.wav")).all()
+        except ag.UserError as error:
+            assert "bad.iag" in str(error)
+
+
+@pytest.mark.parametrize("family", MEL_FAMILIES)
+def test_salvage_of_a_mel_file_gives_what_is_before_the_damage(family, monkeypatch, latent_file):
+    data, starts, whole = mel_file(family, monkeypatch)
+    latent_file(family)
+    for chunk, start in enumerate(starts[:-1]):
+        flipped = data[:start + 9] + bytes([data[start + 9] ^ 4]) + data[start + 10:]
+        Path("bad.iag").write_bytes(flipped if chunk % 2 else data[:start + 5])
+        command = (*INFER, "--decode", "bad.iag", "--output_dir", "out")
+        assert_error(SCRIPT.call(*command), 1, "bad.iag", "damaged", "--salvage")
+        result = SCRIPT.call(*command, "--salvage")
+        assert result.code == 1 and result.err.startswith("warning: bad.iag is damaged after")
+        sound = load("out/bad_decoded.wav")
+        model = latent_model(family)
+        ends = [ag.clip_start(model, len(whole), n - 1) + ag.FRAMES if n else 0 for n in (chunk, chunk + 1)]
+        assert len(sound) == min(len(whole), ends[0] * ag.HOP)
+        if chunk:
+            assert soundfile.info("out/bad_decoded.wav").channels == 1 and np.abs(sound).max() > 0.01
+
+
+@pytest.mark.parametrize("family", MEL_FAMILIES)
+def test_mel_files_by_the_command_line_state_the_size_they_have(family, latent_file):
+    latent_file(family)
+    write("deep/a.flac", song(7, 44_100, 2), 44_100)
+    out = SCRIPT.ok(*INFER, "--input", "deep/a.flac").out
+    report, size = read_json("results/inference.json")["files"][0], Path("results/a.iag").stat().st_size
+    assert (report["bytes"], report["rate"], report["channels"], report["seconds"]) == (size, 16_000, 1, 7)
+    assert report["kbit_per_second"] == pytest.approx(size / 7 / 125)
+    assert f"{size:,} bytes, {size / 7 / 125:.{3 if size < 8750 else 1}f} kbit/s" in out
+    sound = load("results/a_reconstructed.wav")
+    figures = latent_model(family).coder().figures(Path("results/a_reconstructed.wav"), Path("deep/a.flac"))
+    assert {name: report[name] for name in figures} == figures and {"snr_db", "mel_mse"} == figures.keys()
+    SCRIPT.ok(*INFER, "--decode", "results/a.iag", "--output_dir", "out", "--bits", 24)
+    assert soundfile.info("out/a_decoded.wav").subtype == "PCM_24"
+    assert np.abs(load("out/a_decoded.wav") - sound).max() <= 2 ** -16
+    SCRIPT.ok(*INFER, "--input", "deep/a.flac", "--encode", "--output_dir", "again")
+    assert Path("again/a.iag").read_bytes() == Path("results/a.iag").read_bytes()
+    assert sorted(os.listdir("again")) == [".results", "a.iag"]
+    assert_error(SCRIPT.call(*INFER, "--salvage", "--input", "deep/a.flac"), 2, "--salvage", "--decode")
+    SCRIPT.ok(*INFER, "--input", "deep/a.flac", "--export", "small.pt")  # half precision reads the same files
+    flags = (*INFER[:5], "small.pt", *INFER[6:])
+    SCRIPT.ok(*flags, "--decode", "results/a.iag", "--output_dir", "half")
+
+
+@pytest.mark.parametrize("family", MEL_FAMILIES)
+def test_latents_are_the_same_however_they_are_read(family):
+    worker, (numbers, sets) = latent_model(family).coder(), latents(family, 8)
+    data = worker.pack(worker.rounded(numbers, sets), sets)
+    found = []
+    for _ in every_arithmetic():
+        found.append(latent_model(family).coder().unpack(data, 8, worker.step))
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 # === a golden file: it must decode to the same samples for ever ===

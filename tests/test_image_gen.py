@@ -1253,7 +1253,7 @@ def test_schedule_is_a_straight_line_from_image_to_noise():
 def test_flow_is_noise_minus_image_and_gives_the_image_back():
     model, batch = build("diffusion", INFO, guidance=1), make_batch(ig.load_digits())
     for t in (1, 100, 500, 900, 980):
-        x, flow = model.noisy(batch, torch.full((8,), t))
+        x, flow = model.noisy(batch.images, torch.full((8,), t), batch.draw)
         alpha, sigma = model.noise_schedule.alphas[t].item(), model.noise_schedule.sigmas[t].item()
         noise = (x - alpha * batch.images) / sigma
         torch.testing.assert_close(flow, noise - batch.images, rtol=1e-3, atol=2e-3 / sigma)
@@ -1457,8 +1457,7 @@ def test_unknown_class_is_a_usage_error(model_file):
 
 
 def test_number_of_samples_is_bounded(model_file):
-    assert_error(call(*INFER, "--num_samples", 99_999_999_999), 2, "--num_samples", "at most 1,000,000",
-                 "names of six digits", "--seed")
+    assert_error(call(*INFER, "--num_samples", 99_999_999_999), 2, "--num_samples", "at most 1,000,000")
 
 
 def test_memory_for_drawing_does_not_grow_with_the_number_of_images(monkeypatch):

@@ -208,7 +208,7 @@ UNUSUAL = {  # where a family has such a flag
     "seed": 7, "ema_decay": 0.5, "grad_clip": 0.3, "weight_decay": 0.2, "learning_rate": 0.003, "warmup_steps": 1,
     "decay_fraction": 0.9, "objective": "noise", "schedule": "cosine", "time_sampling": "uniform", "label_dropout": 0.4,
     "beta": 0.5, "latent_dim": 12, "network": "mlp", "gan_loss": "classic", "speed": 0.2,
-    "latent_frames": 32, "kl_warmup": 0.8, "spectral_weight": 0.5, "stem": "bass"}
+    "latent_frames": 32, "kl_warmup": 0.8, "spectral_weight": 0.5, "stem": "bass", "view": "cepstrum"}
 
 
 @EVERY_FAMILY

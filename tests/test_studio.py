@@ -171,7 +171,8 @@ def test_regenerate_gives_the_bytes_of_the_command_line(studio, tmp_path):
         "regenerate", sound=studio.upload("tone.wav", sound), model="audio_vae", bitrate=64)
     cli = line_of_command("audio_gen", tmp_path, "--checkpoint", SHIPPED / "audio_vae.pt", "--input",
                           tmp_path / "tone.wav")
-    assert studio.bytes_of(result) == (cli / "tone_reconstructed.wav").read_bytes() and small is None
+    assert studio.bytes_of(result) == (cli / "tone_reconstructed.wav").read_bytes()
+    assert studio.bytes_of(small) == (cli / "tone.iag").read_bytes() and "kbit/s" in note
     assert studio.bytes_of(spectra) == (cli / "inference_comparison.png").read_bytes()
     assert studio.bytes_of(original) == sound and "mel error" in note
 
@@ -242,10 +243,13 @@ def test_models_lists_what_there_is(studio):
     assert note.startswith(f"{len(found)} models") and not names["gan_mnist"]["training_now"]
 
 
-def test_speak_says_why_it_can_not(studio):
-    if "diffusion" in load_script("audio_gen").FAMILIES:
-        pytest.skip("there is a sound generator")
-    assert studio.error("speak", digits="7") == "this version has no sound generator (--model diffusion)"
+def test_speak_gives_the_bytes_of_the_command_line(studio, tmp_path):
+    note, sound, strip = studio.call("speak", digits="4,2", seed=3)
+    weights = SHIPPED / "audio_diffusion_spoken_digits.pt"
+    cli = line_of_command("audio_gen", tmp_path, "--checkpoint", weights, "--label", "4,2", "--seed", 3)
+    assert studio.bytes_of(sound) == (cli / "drawn_in_a_row.wav").read_bytes() and "for a second of sound" in note
+    assert studio.bytes_of(strip) == (cli / "drawn_sounds.png").read_bytes()
+    assert studio.error("speak", digits="eleven").startswith("--label eleven: the classes are zero, one")
 
 
 HOSTILE = [  # end point, name of the upload, content, words of the answer
@@ -259,8 +263,8 @@ HOSTILE = [  # end point, name of the upload, content, words of the answer
     ("encode", "../../../up.wav", wave()[:-99], "up.wav can't be encoded"),
     ("encode", "a b;$(touch x)'.wav", b"x", "can't be encoded"),
     ("regenerate", "nan.wav", wave(nan=True), "nan.wav can't be encoded (it holds NaN"),
-    ("decode", "noise.iag", bytes(range(256)) * 9, "noise.iag is no file of this codec"),
-    ("decode", "empty.iag", b"", "empty.iag is no file of this codec"),
+    ("decode", "noise.iag", bytes(range(256)) * 9, "noise.iag is no file of this script"),
+    ("decode", "empty.iag", b"", "empty.iag is no file of this script"),
     ("look", "text.png", b"no picture", "text.png can't be read as an image"),
     ("look", "empty.png", b"", "empty.png can't be read as an image"),
     ("look", "bomb.png", picture(9000, 9000), "exceeds limit"),
@@ -497,10 +501,10 @@ def test_page_gives_a_sound_back_as_the_command_line_does(opened, tmp_path):
     assert opened.saved("The small file (.iag)") == (cli / "tone.iag").read_bytes()
 
 
-def test_page_says_why_a_tab_does_not_work_and_compares(opened):
-    if "diffusion" not in load_script("audio_gen").FAMILIES:
-        opened.tab("Speak")
-        opened.page.get_by_text("Speak does not work here").wait_for()
+def test_page_speaks_and_compares(opened):
+    opened.tab("Speak")
+    opened.press("Say it")
+    opened.told("for a second of sound")
     opened.tab("Compare")
     opened.press("Compare")
     opened.told("4 drawn")
