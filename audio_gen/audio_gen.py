@@ -60,6 +60,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -2290,7 +2291,7 @@ def load_tracks(entries: dict[str, list[tuple[str, str, Path]]]) -> dict[str, li
     from concurrent.futures import ThreadPoolExecutor
     cache = HERE / "data" / "cache"
     flat = [entry for rows in entries.values() for entry in rows]
-    writable = True
+    writable, one_at_a_time = True, threading.Lock()  # numpy parses headers, which Python 3.11 can't do in two threads
     try:
         check_writable(cache)
     except UserError as error:
@@ -2303,14 +2304,15 @@ def load_tracks(entries: dict[str, list[tuple[str, str, Path]]]) -> dict[str, li
             raise UserError(f"there is no file {path}: complete the dataset")
         version = f"2 {path.resolve()} {stem} {path.stat().st_size} {path.stat().st_mtime_ns} {SAMPLE_RATE}"
         place = cache / f"{hashlib.sha256(version.encode()).hexdigest()[:24]}.npy"
-        with contextlib.suppress(OSError, ValueError, EOFError):
+        with contextlib.suppress(OSError, ValueError, EOFError), one_at_a_time:
             return Track(name, stem, np.load(place, "r"), path)
         audio = read_audio(path, "the dataset", stem)
         audio = (audio / audio.abs().max().clamp(min=1)).half().numpy()  # what exceeds full scale keeps its shape
         if writable:
             with replacing(place) as part, open(part, "wb") as file:
                 np.save(file, audio)
-            audio = np.load(place, "r")
+            with one_at_a_time:
+                audio = np.load(place, "r")
         return Track(name, stem, audio, path)
 
     tracks = []
