@@ -93,7 +93,7 @@ def one_line(error: BaseException) -> str:
     else:
         traceback.print_exception(error)
         text = f"this should not have happened ({type(error).__name__}); the studio's terminal says more"
-    return without_folders(" ".join(text.split()))
+    return without_folders(" ".join(text.split())).replace("<", "&lt;")  # the page would take it for HTML
 
 
 def without_folders(text: str) -> str:
