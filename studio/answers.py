@@ -93,7 +93,7 @@ def one_line(error: BaseException) -> str:
     else:
         traceback.print_exception(error)
         text = f"this should not have happened ({type(error).__name__}); the studio's terminal says more"
-    return without_folders(" ".join(text.split()))
+    return without_folders(" ".join(text.split())).replace("<", "&lt;")  # the page would take it for HTML
 
 
 def without_folders(text: str) -> str:
@@ -472,8 +472,7 @@ def follow(folder: Path, names: Sequence[str]) -> tuple:
         for axis, labels in zip(axes, (("step", "training loss"), ("epoch", "held-out loss")), strict=True):
             axis.set(xlabel=labels[0], ylabel=labels[1])
             axis.grid(alpha=0.3)
-    return (f"read at {time.strftime('%H:%M:%S')}; shipped weights keep only their last epoch",
-            str(folder / "training.png"))
+    return f"read at {time.strftime('%H:%M:%S')}; shipped weights keep one epoch", str(folder / "training.png")
 
 
 @job(outputs=2)

@@ -203,7 +203,7 @@ def compare_page() -> None:
                                   label="Models", info="Shipped, and trained here.")
         seed = number(0, "Seed", "Of the images that each model draws.")
         holder, told = gr.Column(), note()
-        gallery = gr.Gallery(label="Samples of the same seed", columns=[2, 2, 4], object_fit="contain",
+        gallery = gr.Gallery(label="Samples of the same seed", columns=4, height=360, object_fit="contain",
                              elem_classes="captioned")
         table = gr.Dataframe(label="Figures of evaluation.json, beside their floor", interactive=False, wrap=True)
         with holder:

@@ -128,7 +128,7 @@ def test_draw_gives_the_bytes_of_the_command_line(studio, tmp_path, model, extra
     ({"model": "gan_mnist", "num_samples": 1e300}, "at most"),
     ({"model": "gan_mnist", "seed": -1}, "--seed: -1 is out of range"),
     ({"model": "gan_mnist", "steps": 4}, "--steps belongs to --model diffusion"),
-    ({"model": "gan_mnist", "label": "7 --seed x\n<script>"}, "--label 7 --seed x <script>: the classes are"),
+    ({"model": "gan_mnist", "label": "7 --seed x\n<script>"}, "--label 7 --seed x &lt;script>: the classes are"),
     ({"model": "../../etc/passwd"}, "there is no model '../../etc/passwd': choose from"),
     ({"model": {"path": "/etc/passwd"}}, "there is no model"), ({"model": None}, "there is no model 'None'")])
 def test_draw_refuses_in_the_words_of_the_command_line(studio, inputs, words):
@@ -418,7 +418,7 @@ class Page:
         self.page.set_default_timeout(120_000)
         self.foreign, self.errors = [], []
         self.page.on("request", lambda r: r.url.startswith((url, "data:", "blob:")) or self.foreign.append(r.url))
-        self.page.on("console", lambda m: m.type == "error" and self.errors.append(m.text))
+        self.page.on("console", lambda m: m.type == "error" and self.errors.append(f"{m.text} {m.location}"))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(url, wait_until="commit")
 
@@ -440,7 +440,9 @@ class Page:
         return Path(download.value.path()).read_bytes()
 
     def stroke(self, number: int, *points: tuple[float, float]) -> None:
-        box = self.page.locator("canvas:visible").nth(number).bounding_box()
+        canvas = self.page.locator("canvas:visible").nth(number)
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
         self.page.mouse.move(box["x"] + points[0][0], box["y"] + points[0][1])
         self.page.mouse.down()
         for x, y in points[1:]:
@@ -462,8 +464,8 @@ def test_page_draws_what_the_command_line_draws(opened, tmp_path):
     opened.press("Draw")
     opened.told("2 image(s) in")
     opened.told("0 the finished image")
-    opened.page.get_by_label("From noise to image").locator("visible=true").first.fill("1")
-    opened.told("t = 1000")
+    opened.page.locator("input[type=range]:visible").first.fill("1")
+    opened.told("t = 989")  # where the sampler looks first
     cli = line_of_command("image_gen", tmp_path, "--checkpoint", ROOT / "image_gen/pretrained/diffusion_mnist.pt",
                           "--num_samples", 2, "--seed", 5, "--label", 7, "--steps", 3, "--guidance", 1.5)
     address = opened.page.locator("img:visible").first.get_attribute("src")
