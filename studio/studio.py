@@ -47,7 +47,7 @@ canvas.onpointerup = () => { props.value = canvas.toDataURL('image/png'); };
 element.querySelector('button').onclick = clear;
 clear();
 """
-STYLE = ".captioned img {padding-top: 2em}"  # below the label, which lies on the picture
+STYLE = ".captioned img {padding: 2em 0}"  # labels and captions lie on the picture
 ASIDE = {"api_visibility": "private", "api_name": False, "concurrency_id": "work", "concurrency_limit": 1,
          "show_progress": "hidden"}
 

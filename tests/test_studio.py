@@ -385,7 +385,7 @@ def test_the_lines_of_the_readme_ask_every_end_point(studio, tmp_path, digit, ki
     (tmp_path / "my_digit.png").write_bytes(digit)
     (tmp_path / "song.wav").write_bytes(wave(1.0))
     text = lines_of_readme(kind).replace("http://127.0.0.1:7860", studio.url)
-    names = {"draw", "look", "encode", "decode", "regenerate", "models"}
+    names = {"draw", "look", "encode", "decode", "regenerate", "speak", "models"}
     assert all(f"ask {name} " in text or f"\"/{name}\"" in text for name in names)
     done = subprocess.run([*program, text], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and '"error"' not in done.stdout, done.stdout + done.stderr

@@ -354,11 +354,12 @@ def test_ci_runs_all_checks_and_reports_each_failure(fresh, tmp_path, failing):
     for tool in ("ruff", "shellcheck"):
         (tmp_path / tool).write_text(RECORDER.format(role=tool))
         executable(fresh.root / ".venv/bin" / tool, f'#!/bin/sh\nexec "{BASE_PYTHON}" "{tmp_path / tool}" "$@"\n')
+    executable(fresh.bin / "apt-get", "#!/bin/sh\nexit 1\n")  # a test installs nothing
     done = fresh.run(fresh.root / ".ci" / "run", cwd=tmp_path, **{f"{failing.upper()}_EXITS": "1"})
     said = f"error: failed: {failing.replace('pytest', 'tests')}\n" if failing else ""
     assert done.returncode == bool(said) and done.stderr.endswith(said)
     assert [call["argv"][-1] for call in fresh.calls("pip")] == \
-        [str(fresh.root / name) for name in ("requirements.txt", "requirements-dev.txt")]
+        [str(fresh.root / name) for name in ("requirements.txt", "requirements-dev.txt", "requirements-studio.txt")]
     tests, _, shellcheck = fresh.calls("pytest", "ruff", "shellcheck")
     assert Path(tests["cwd"]).samefile(fresh.root) and tests["env"]["https_proxy"].startswith("http://127.0.0.1:")
     assert {Path(name).name for name in shellcheck["argv"]} >= {path.name for path in SHELL_FILES}
