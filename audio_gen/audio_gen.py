@@ -157,6 +157,7 @@ class DataInfo:
 class Batch(NamedTuple):
     audio: Tensor  # [B CLIP]
     frames: Tensor  # [B] int64: how many frames hold sound; the rest is zeros that pad a shorter track
+    labels: Tensor  # [B] int64: which of STEMS they are
     draw: Draw | None
     progress: float = 1.0  # share of the run that is done, for what is warmed up
 
@@ -570,6 +571,8 @@ def masked_mean(values: Tensor, frames: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VaeConfig(MelConfig):
+    prior: str = option("flow", "model", "of the codes that are drawn: flow, learned beside the VAE and for each stem "
+                        "where all are known [Lipman23], or normal", choices=("flow", "normal"))
     latent_dim: int = option(160, "model", "latent numbers per patch", number(int, 1, 65536))
     latent_frames: int = option(16, "model", "patches that a clip is cut into", int, choices=(16, 32, 64, 128, 256))
     beta: float = option(1.0, "model", "weight of the KL divergence; 1 is the evidence lower bound", number(float, 0))
@@ -577,15 +580,83 @@ class VaeConfig(MelConfig):
                               number(float, 0, 1))
 
 
+class PositionalEncoding(nn.Module):
+    """Sinusoidal embedding of diffusion times: [B] in 1..1000 -> [B E], sines then cosines ([Ho20] appendix B)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.exp(torch.arange(width // 2) * (-math.log(10_000) / (width // 2))),
+                             persistent=False)
+
+    def forward(self, times: Tensor) -> Tensor:
+        angles = times.float()[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class ResidualLinear(nn.Module):
+    """x + f(x) with a hidden layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.first = nn.LayerNorm(width), nn.Linear(width, width)
+        self.second = zeroed(nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(self.norm(x))))
+
+
+class CodePrior(nn.Module):
+    """A learned prior of codes: a flow [Lipman23] along cos(a) z + sin(a) noise, a from a quarter turn down to 0, whose
+    velocity cos(a) noise - sin(a) z has mean 0 everywhere for codes from N(0, 1): untrained, it is that prior."""
+
+    def __init__(self, dims: int, classes: int, width: int = 384, blocks: int = 3) -> None:
+        super().__init__()
+        self.classes, self.angle = classes, PositionalEncoding(64)
+        self.layers = nn.Sequential(
+            nn.Linear(dims + 64 + classes, width), *(ResidualLinear(width) for _ in range(blocks)), nn.LayerNorm(width),
+            nn.SiLU(), zeroed(nn.Linear(width, dims)))
+        # what so narrow a network can't pass on, a factor for each number
+        self.factors = zeroed(nn.Linear(width, dims)) if dims > width else None
+
+    def forward(self, z: Tensor, share: Tensor, labels: Tensor | None) -> Tensor:
+        """z [B Z], share [B] of the quarter turn, labels [B] -> velocity [B Z]"""
+        label = [F.one_hot(labels, self.classes).to(z)] if self.classes else []
+        hidden = self.layers[:-1](torch.cat([z, self.angle(1000 * share), *label], 1))
+        return self.layers[-1](hidden) + (0 if self.factors is None else self.factors(hidden) * z)
+
+    def loss(self, z: Tensor, labels: Tensor, draw: Draw) -> Tensor:
+        share, noise = draw.uniform(), draw.normal(z.shape[1])
+        cos, sin = (f(share[:, None] * (math.pi / 2)) for f in (torch.cos, torch.sin))
+        return F.mse_loss(self(cos * z + sin * noise, share, labels), cos * noise - sin * z)
+
+    def draw(self, z: Tensor, labels: Tensor | None, steps: int = 10) -> Tensor:
+        """Codes from noise z [B Z]: Adams-Bashforth of second order, one evaluation a step."""
+        last = None
+        for i in range(steps):
+            slope = self(z, z.new_full((len(z),), 1 - i / steps), labels)
+            z, last = z - math.pi / 2 / steps * (slope if last is None else 1.5 * slope - 0.5 * last), slope
+        return z
+
+
 class AudioVAE(MelFamily):
     """A VAE on log-mel with `latent_dim` numbers per patch, of `latent_frames` patches in time [Kingma14]. A number
-    stands for a slow or fast change over the whole clip: patches that are drawn from N(0, 1) follow from each other."""
+    stands for a slow or fast change over the whole clip: patches that are drawn from N(0, 1) follow from each other.
+    Of the numbers that vary most a prior is learned (`CodePrior`); the evidence lower bound is that of N(0, 1)."""
     config_class = VaeConfig
+    older = {"prior": "normal"}
     results_folder = "vae"
+    LEARNED = 1024  # numbers of which the prior is learned
 
     def __init__(self, config: VaeConfig, data: DataInfo) -> None:
         super().__init__(config, data, config.latent_dim * config.latent_frames, config.latent_frames)
         self.log_variance = nn.Parameter(torch.full((self.chosen_count,), -3.0))  # of q(z|x), for any x: see `prepare`
+        self.labelled = config.prior == "flow" and data.stems == list(STEMS)
+        self.prior = None if config.prior == "normal" else CodePrior(
+            min(self.LEARNED, self.chosen_count), len(STEMS) * self.labelled, 128)
+
+    def players(self) -> dict[str, nn.Module]:
+        both = {"model": nn.ModuleList([self.encoder, self.decoder, nn.ParameterList([self.log_variance])])}
+        return both if self.prior is None else both | {"prior": self.prior}
 
     @torch.no_grad()
     def prepare(self, data: Any, device: torch.device) -> None:
@@ -612,6 +683,13 @@ class AudioVAE(MelFamily):
         warm = min(1.0, batch.progress / self.config.kl_warmup) if self.config.kl_warmup else 1.0
         loss = 0.5 * (math.log(2 * math.pi) + 1 + (mse + 1e-6).log()) + warm * self.config.beta * per_bin
         yield "model", loss, {"mse": mse.detach(), "kl": kl.detach().sum(1).mean()}
+        if self.prior is not None:
+            codes, prior_losses = latent[:, :self.LEARNED].detach(), []
+            for _ in range(8):  # noises for each code, as it costs so little
+                rows = balanced(batch.labels, batch.draw)
+                prior_losses.append(self.prior.loss(codes[rows], batch.labels[rows], batch.draw))
+            loss = torch.stack(prior_losses).mean()
+            yield "prior", loss, {"prior_loss": loss.detach()}
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
@@ -619,9 +697,18 @@ class AudioVAE(MelFamily):
         return super().validate(batch) | {"val_kl_nats": kl}
 
     @torch.no_grad()
-    def sample(self, noise: Noise) -> Tensor:
-        """Decode latents drawn from the prior N(0, 1)."""
-        return self.decode(noise.normal(self.chosen_count))
+    def sample(self, labels: Tensor | None, noise: Noise) -> Tensor:
+        """Decode latents drawn from the prior, of stems `labels` [B]."""
+        latent = noise.normal(self.chosen_count)
+        if self.prior is not None:
+            latent[:, :self.LEARNED] = self.prior.draw(latent[:, :self.LEARNED], labels)
+        return self.decode(latent)
+
+
+def balanced(labels: Tensor, draw: Draw) -> Tensor:
+    """As many rows of a batch [B] at random, each stem in it as often as any other: single stems are few"""
+    weights = 1 / F.one_hot(labels).sum(0)[labels]
+    return torch.searchsorted(weights.cumsum(0) / weights.sum(), draw.uniform()).clamp(max=len(labels) - 1)
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -1336,19 +1423,6 @@ class SoundClassifier(ShortSoundFamily):
 # === diffusion ===
 
 TIMESTEPS = 1000
-
-
-class PositionalEncoding(nn.Module):
-    """Sinusoidal embedding of diffusion times: [B] in 1..1000 -> [B E], sines then cosines ([Ho20] appendix B)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("frequencies", torch.exp(torch.arange(width // 2) * (-math.log(10_000) / (width // 2))),
-                             persistent=False)
-
-    def forward(self, times: Tensor) -> Tensor:
-        angles = times.float()[:, None] * self.frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -2164,6 +2238,7 @@ def random_crops(tracks: Sequence[Track], draw: Draw, speed: float = 0.0) -> Bat
     speeds = 2 ** (speed * (2 * torch.rand(draw.total, 2, generator=draw.generator)[draw.rows] - 1))
     edges = np.cumsum([max(len(track.audio), CLIP) for track in tracks])
     audio, frames = torch.zeros(len(places), CLIP), torch.zeros(len(places), dtype=torch.int64)
+    labels = torch.zeros_like(frames)
     for row, (candidates, (*gains, sign, sign2, mix)) in enumerate(zip(places, others)):
         taken = -1
         for layer, flip in enumerate((sign, sign2)[:2 if mix < 0.5 else 1]):
@@ -2184,9 +2259,10 @@ def random_crops(tracks: Sequence[Track], draw: Draw, speed: float = 0.0) -> Bat
                 gain = 10 ** ((15 * gains[layer] - 12) / 20)
                 audio[row, :len(crop)].add_(crop, alpha=gain if flip < 0.5 else -gain)
                 frames[row] = max(int(frames[row]), -(-len(crop) // HOP))
+                labels[row] = STEMS.index(tracks[index].stem) if taken < 0 else 0  # two make a mixture
                 taken = index
     audio /= audio.abs().amax(1, keepdim=True).clamp(min=1)
-    return Batch(audio.to(draw.device), frames.to(draw.device), draw)
+    return Batch(audio.to(draw.device), frames.to(draw.device), labels.to(draw.device), draw)
 
 
 def fixed_clips(tracks: Sequence[Track], limit: int | None = None) -> list[tuple[Track, int]]:
@@ -2202,7 +2278,8 @@ def clip_batch(clips: Sequence[tuple[Track, int]], device: torch.device) -> Batc
     """The clips themselves, zero-padded, unchanged otherwise."""
     crops = [cut(*clip) for clip in clips]
     audio = torch.stack([F.pad(crop, (0, CLIP - len(crop))) for crop in crops])
-    return Batch(audio.to(device), torch.tensor([-(-len(crop) // HOP) for crop in crops], device=device), None)
+    rows = [(-(-len(crop) // HOP), STEMS.index(track.stem)) for crop, (track, _) in zip(crops, clips)]
+    return Batch(audio.to(device), *torch.tensor(rows, device=device).T, None)
 
 
 def clip_batches(clips: Sequence[tuple[Track, int]], device: torch.device) -> Iterator[Batch]:
@@ -4038,7 +4115,7 @@ def run_evaluate(command: Command, world: World) -> int:
 def pick_labels(text: str | None, model: ShortSoundFamily) -> tuple[Tensor | None, list[str]]:
     """The classes of `--label`, which the sounds go through in turn, and their names; None where there are none.
     A digit may be written as 7 or seven."""
-    classes = model.data.classes
+    classes = model.data.classes or model.data.stems
     if not model.labelled:
         if text is not None:
             raise UserError(f"--label {text}: the model was trained without labels", 2)

@@ -2,7 +2,8 @@
 """Look at trained sound models: walk between two sounds, draw new ones, measure your own files.
 
     python explore.py interpolate a.wav b.wav                   five steps through the latent space of a mel model
-    python explore.py sample --num_samples 4                    new clips from the prior of the VAE
+    python explore.py sample --label drums --num_samples 4      new clips from the learned prior of the VAE
+    python explore.py stems --musdb_root musdb18                such clips measured beside real stems
     python explore.py table --input song.wav                    every metric between floors and ceilings, of own files
     python explore.py morph --label 3,7                         from one drawn sound to another, in steps
     python explore.py denoise --label 7                         the way from noise to a drawn sound
@@ -13,6 +14,7 @@ overwritten.
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
@@ -39,6 +41,19 @@ class InterpolateOptions:
 @dataclass(frozen=True)
 class SampleOptions:
     num_samples: int = option(4, "exploring", "clips to make", ag.number(int, 1, 1000))
+    label: str | None = option(None, "exploring", "stems to draw, in turn, e.g. drums or bass,vocals (default: all)",
+                               str)
+    seed: int = option(0, "exploring", "clip i of a seed is always the same", ag.number(int, 0, 2**63 - 1))
+
+
+@dataclass(frozen=True)
+class StemsOptions:
+    dataset: str = option("musdb", "exploring", "whose stems", choices=("musdb", "synthetic"))
+    musdb_root: Path | None = option(None, "exploring", "folder of MUSDB18 (default: data/musdb18)", Path)
+    classifier: Path | None = option(None, "exploring", "checkpoint of --model classifier for these stems (default: "
+                                     "that in models/)", Path)
+    num_samples: int | None = option(None, "exploring", "clips to draw (default: as many as there are test sounds)",
+                                     ag.number(int, 5, 10_000))
     seed: int = option(0, "exploring", "clip i of a seed is always the same", ag.number(int, 0, 2**63 - 1))
 
 
@@ -139,14 +154,87 @@ def interpolate(command: Command, world: World) -> int:
 def sample(command: Command, world: World) -> int:
     """New clips from the prior."""
     options, model = command.options(SampleOptions), command.model(world)
+    labels, stems = ag.pick_labels(options.label, model)
     names = [f"sample_{i}.wav" for i in range(options.num_samples)]
     results, columns = results_for(command, [*names, "samples.png"], ()), []
     for i, name in enumerate(names):
-        decoded = model.sample(ag.Noise(options.seed, [i], world.device))
+        chosen, title = None, f"sample {i}"
+        if labels is not None:
+            chosen, title = labels[[i % len(labels)]].to(world.device), f"{title}: {stems[i % len(labels)]}"
+        decoded = model.sample(chosen, ag.Noise(options.seed, [i], world.device))
         ag.write_wav(results / name, not_clipped(model.render(decoded)[0].cpu()))
-        columns += [(f"sample {i}", model.preprocessor.unstandardise(decoded)[0].cpu())] * (i < 25)
+        columns += [(title, model.preprocessor.unstandardise(decoded)[0].cpu())] * (i < 25)
     strip_figure(results / "samples.png", ag.title_of(model, f"from the prior, seed {options.seed}"), columns)
     ag.say(f"{len(names)} clip(s) of {CLIP / SAMPLE_RATE:.2f} s -> {results / names[0]} ..., {results / 'samples.png'}")
+    return 0
+
+
+def short_piece(audio: Tensor, length: int) -> Tensor:
+    """The first piece of a clip [L] that sounds, prepared as `ShortSounds` keeps its sounds; zeros where none does"""
+    for piece in audio.cpu().split(length):
+        with contextlib.suppress(ValueError):
+            return ag.short_sound(piece, SAMPLE_RATE, length)[0]
+    return torch.zeros(length, dtype=torch.float16)
+
+
+@torch.no_grad()
+def drawn_sets(model: ag.AudioVAE, data: ag.ShortSounds, options: StemsOptions, device: torch.device,
+               ) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """What is compared, name -> short sounds [N L] and the labels they were drawn for, if any: clips of either prior,
+    and real training stems as they are and through the model"""
+    count, length = options.num_samples or len(data.test), data.train.shape[1]
+    rows = ag.some_rows(data.train, count)
+    real, labels = data.train[rows], ag.proportional_labels(data.info(), count)
+    places = torch.tensor([ag.STEMS.index(stem) for stem in data.classes])
+
+    def drawn(learned: bool) -> Tensor:
+        asked, prior = places[labels] if learned and model.labelled else None, model.prior
+        model.prior = prior if learned else None
+        pieces = []
+        for part in torch.arange(count).split(16):
+            noise = ag.Noise(options.seed, part.tolist(), device)
+            decoded = model.sample(None if asked is None else asked[part].to(device), noise)
+            pieces += [short_piece(clip, length) for clip in model.render(decoded)]
+        model.prior = prior
+        return torch.stack(pieces)
+
+    sets = {"drawn": (drawn(True), labels if model.labelled else None)} if model.prior is not None else {}
+    again = [short_piece(model.regenerate(sound.float().to(device)), length) for sound in real]
+    return sets | {"drawn from N(0, 1)": (drawn(False), None), "real training stems": (real, data.train_labels[rows]),
+                   "the same through the VAE": (torch.stack(again), data.train_labels[rows])}
+
+
+@torch.no_grad()
+def stems(command: Command, world: World) -> int:
+    """Clips from the VAE's prior beside real stems of MUSDB18, heard by a classifier of stems."""
+    options, model = command.options(StemsOptions), command.model(world)
+    results = results_for(command, ("stems.json",), ())
+    data = ag.load_short(ag.ShortSoundOptions(options.dataset, options.musdb_root))
+    path = options.classifier or ag.HERE / "models" / ag.FILE_NAME.format(f"classifier_{options.dataset}")
+    if not path.is_file():
+        raise UserError(f"no classifier of stems at {path}: train one with --model classifier --dataset "
+                        f"{options.dataset}, or name one with --classifier")
+    net, judge = ag.classifier_net(path, world.device, data.info()), ag.restore_model(ag.load_checkpoint(path))
+    target, sets = net(data.test), drawn_sets(model, data, options, world.device)
+
+    def pictures(sounds: Tensor) -> Tensor:
+        return ag.to_uint8(judge.picture(sounds.float()))
+
+    train = pictures(data.train)
+    threshold = torch.quantile(ag.nearest_distance(pictures(data.test), train), 0.01)
+    rows: dict[str, dict] = {}
+    for name, (sounds, asked) in sets.items():
+        values, reasons = ag.measure(net(sounds), target, net, asked)
+        rows[name] = values | {"n": len(sounds), "silent": int((sounds == 0).all(1).sum()), "reasons": reasons} | (
+            {} if name.startswith(("real", "the same")) else {  # those are training sounds
+                "near_copies": (ag.nearest_distance(pictures(sounds), train) < threshold).float().mean().item()})
+        ag.say(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in rows[name].items()
+                                       if isinstance(value, float) and not key.endswith("_std")))
+    ag.write_json(results / "stems.json", {
+        "model": command.key, "checkpoint": str(command.path), "checkpoint_sha256": ag.file_digest(command.path),
+        "dataset": data.title, "n_reference": len(data.test), "seconds_of_a_sound": data.train.shape[1] / SAMPLE_RATE,
+        "feature_net": net.name, "feature_net_sha256": net.digest, "rows": rows, "machine": ag.provenance()})
+    ag.say(f"-> {results / 'stems.json'}")
     return 0
 
 
@@ -220,6 +308,7 @@ TASKS: dict[str, tuple[Callable[[Command, World], int], type, list[str]]] = {  #
                                                       if getattr(family, "can_interpolate", False)]),
     "sample": (sample, SampleOptions, [k for k, family in FAMILIES.items()
                                        if issubclass(family, MelFamily) and family.can_sample]),
+    "stems": (stems, StemsOptions, ["vae"]),
     "table": (table, TableOptions, list(ag.SUBJECT.preferred)),
     "morph": (morph, MorphOptions, ["diffusion"]),
     "denoise": (denoise, DenoiseOptions, ["diffusion"]),

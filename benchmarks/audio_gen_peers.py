@@ -79,13 +79,14 @@ class Ours:
 
 
 class DenoisingDiffusion:
-    def __init__(self, data: ag.ShortSounds, picture: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, data: ag.ShortSounds, picture: Callable[[Tensor], Tensor], drawing_steps: int) -> None:
         import denoising_diffusion_pytorch.classifier_free_guidance as library
         from ema_pytorch import EMA
         library.tqdm = lambda steps, **_: steps  # its samplers draw a progress bar for every batch
         torch.manual_seed(0)
         network = library.Unet(dim=32, dim_mults=(1, 2, 4), num_classes=len(data.classes), channels=1)
         self.network, self.picture = library.GaussianDiffusion(network, image_size=64), picture
+        self.drawing_steps = drawing_steps
         self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-4, betas=(0.9, 0.99))
         self.ema, self.frames, self.steps = EMA(self.network, beta=0.995, update_every=10), data.frames, 0
 
@@ -111,7 +112,8 @@ class DenoisingDiffusion:
             return draw
 
         # 6 is its default; its default of 1,000 steps would take hours
-        return {f"50 DDIM steps, guidance {scale:g}": way(scale, 50) for scale in (6.0, 1.5, 1.0)}
+        return {f"{self.drawing_steps} DDIM steps, guidance {scale:g}": way(scale, self.drawing_steps)
+                for scale in (6.0, 1.5, 1.0)}
 
 
 @torch.no_grad()
@@ -133,7 +135,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     target, labels = nets[0](data.test), ag.proportional_labels(data.info(), count)
     real = nets[0](data.train[ag.some_rows(data.train, count)])
     rows: dict[str, Any] = {"real training sounds": {"": ag.measure(real, target, nets[0])[0]}}
-    for name, contestant in (("ours", ours), ("ddp", DenoisingDiffusion(data, ours.model.picture))):
+    for name, contestant in (("ours", ours), ("ddp", DenoisingDiffusion(data, ours.model.picture, args.peer_steps))):
         started, seconds = time.perf_counter(), 60 * args.minutes
         for batch in batches(data, 0):
             share = (time.perf_counter() - started) / seconds
@@ -156,6 +158,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=ag.number(float, 0, open_low=True), default=10, help="of training, for each")
     parser.add_argument("--samples", type=ag.number(int, 65), help="to draw and measure (default: as the test set)")
+    parser.add_argument("--peer_steps", type=ag.number(int, 1, 1000), default=50, help="DDIM steps of the peer")
     parser.add_argument("--threads", type=ag.number(int, 1), default=torch.get_num_threads())
     parser.add_argument("--data_root", type=Path, help="the spoken digits (default: audio_gen/data/spoken_digits)")
     parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from image_gen_peers import Ours, draw_all, ig, machine, provenance, train_for
+from image_gen_peers import SHARES, Ours, draw_all, ig, machine, provenance, train_for
 
 HERE = Path(__file__).resolve().parent
 STRIP = 10  # samples of each class in the picture
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise ig.UserError(f"--families {name}: choose from diffusion, gan, vae", 2)
         if args.threads:
             torch.set_num_threads(args.threads)
-        args.out = args.out.resolve()
+        args.out, args.shares = args.out.resolve(), SHARES
         ig.results_folder(args.out.parent)
         images = load(args.data_root)
         net, families = feature_net(args, images), {}

@@ -223,7 +223,7 @@ CONTESTANTS: dict[str, tuple[type, dict[str, Any]]] = {
 DEFAULTS = {"train": tuple(name for name in CONTESTANTS if name not in ("ours-gan", "ours-vae")),
             "sample": ("ours", "diffusers", "diffusers-bf16", "ddp", "ddp-bf16-cl"),
             "quality": ("ours", "ours-gan", "ours-vae", "diffusers", "ddp")}
-SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the minutes, after which is measured; and at their end
+SHARES = [1 / 8, 1 / 4, 1 / 2]  # of the minutes, after which is measured; and at their end
 PACKAGES = {Diffusers: ("diffusers",), DenoisingDiffusion: ("denoising_diffusion_pytorch", "ema_pytorch")}
 
 # === measurements ===
@@ -307,7 +307,7 @@ def measure_sampling(args: argparse.Namespace) -> dict[str, dict]:
 def train_for(runner: Any, args: argparse.Namespace, title: str, look: Callable[[float], None]) -> dict[str, Any]:
     """Train for wall-clock minutes, the measurement of the speed included; `look` is called with the minutes so far,
     while the clock stands still."""
-    budget, step, total, plan, marks = 60 * args.minutes, 0, 0, "", [share * 60 * args.minutes for share in SHARES]
+    budget, step, total, plan, marks = 60 * args.minutes, 0, 0, "", [60 * args.minutes * share for share in args.shares]
     started, probed = time.perf_counter(), 0.0
     with ig.progress(round(budget), title, unit="s") as bar:
         while (elapsed := time.perf_counter() - started) < budget and not (plan and step >= total):
@@ -477,6 +477,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             ("ancestral_steps", 1000, ig.number(int, 1, 1000), "sample: run only so many of the peers' 1000 steps"),
             ("minutes", 10.0, ig.number(float, 0, open_low=True), "quality: wall-clock minutes of training"),
             ("samples", 2000, ig.number(int, 2, 10_000), "quality: images drawn, and test images beside them"),
+            ("looks", 4, ig.number(int, 1, 4), "quality: the last so many of the four measurements of each"),
             ("peer_learning_rate", None, ig.number(float, 0, open_low=True), "quality: instead of the peers' own 1e-4"),
             ("threads", 2, ig.number(int, 1), "of PyTorch"),
             ("device", "cpu", str, "auto, cpu, cuda, cuda:N"),
@@ -489,7 +490,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Find what would stop the run before it starts."""
-    args.only = args.only.split(",") if args.only else list(DEFAULTS[args.what])
+    args.only, args.shares = args.only.split(",") if args.only else list(DEFAULTS[args.what]), SHARES[4 - args.looks:]
     for name in args.only:
         if name not in CONTESTANTS:
             raise ig.UserError(f"--only {name}: the contestants are {', '.join(CONTESTANTS)}", 2)

@@ -902,11 +902,14 @@ class CodePrior(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(dims + 64 + classes, width), *(ResidualLinear(width) for _ in range(blocks)), nn.LayerNorm(width),
             nn.SiLU(), zeroed(nn.Linear(width, dims)))
+        # what so narrow a network can't pass on, a factor for each number
+        self.factors = zeroed(nn.Linear(width, dims)) if dims > width else None
 
     def forward(self, z: Tensor, share: Tensor, labels: Tensor | None) -> Tensor:
         """z [B Z], share [B] of the quarter turn, labels [B] -> velocity [B Z]"""
         label = [F.one_hot(labels, self.classes).to(z)] if self.classes else []
-        return self.layers(torch.cat([z, self.angle(1000 * share), *label], 1))
+        hidden = self.layers[:-1](torch.cat([z, self.angle(1000 * share), *label], 1))
+        return self.layers[-1](hidden) + (0 if self.factors is None else self.factors(hidden) * z)
 
     def loss(self, z: Tensor, labels: Tensor, draw: Draw) -> Tensor:
         share, noise = draw.uniform(), draw.normal(z.shape[1])

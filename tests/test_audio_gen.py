@@ -3,6 +3,7 @@ regenerating and measuring, and explore.py. (test_codec.py has the codec and its
 test_audio_signal.py the signal path and the metrics, test_machine_room.py what both scripts do alike.)
 """
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -143,7 +144,7 @@ def learned(family: str, steps: int = 8):
     model = prepared(family)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for step in range(steps):
-        ((_, loss, _),) = model.losses(make_batch(2, step))
+        loss = sum(loss for _, loss, _ in model.losses(make_batch(2, step)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -197,7 +198,7 @@ def test_divergence_is_that_of_torch():
 
 
 def vae_loss(model, batch, progress=1.0):
-    ((player, loss, stats),) = model.losses(batch._replace(progress=progress))
+    player, loss, stats = next(model.losses(batch._replace(progress=progress)))
     assert player == "model" and all(math.isfinite(value.item()) for value in (loss, *stats.values()))
     return loss.item(), {name: value.item() for name, value in stats.items()}
 
@@ -228,12 +229,13 @@ def test_divergence_is_warmed_up():
 
 
 def test_samples_depend_on_their_number_and_the_seed_alone(models):
-    model = models["vae"]
+    model, bass = models["vae"], torch.tensor([2, 2, 2])
     alone, among = ag.Noise(5, [3], CPU), ag.Noise(5, [0, 3, 9], CPU)
-    one, three = model.sample(alone), model.sample(among)
+    one, three = model.sample(bass[:1], alone), model.sample(bass, among)
     assert three.shape == (3, 128, FRAMES) and not torch.equal(three[0], three[1])
     torch.testing.assert_close(one[0], three[1], rtol=0, atol=1e-4)
-    assert not torch.equal(model.sample(ag.Noise(6, [3], CPU)), one)
+    assert not torch.equal(model.sample(bass[:1], ag.Noise(6, [3], CPU)), one)
+    assert not torch.equal(model.sample(bass[:1] + 1, ag.Noise(5, [3], CPU)), one)  # another stem
     draws = torch.cat([ag.Noise(seed, range(100), CPU).normal(100) for seed in range(5)])
     assert len(draws[:, 0].unique()) == 500  # no two streams are the same
     assert draws.mean().item() == pytest.approx(0, abs=0.02) and draws.std().item() == pytest.approx(1, abs=0.02)
@@ -262,7 +264,7 @@ def test_loss_is_finite_and_every_parameter_learns(family):
 def fit_one_batch(model, steps=30, rate=5e-3):
     optimizer, losses, batch = torch.optim.Adam(model.parameters(), rate), [], make_batch(2)
     for _ in range(steps):
-        ((_, loss, _),) = model.losses(batch)
+        _, loss, _ = next(model.losses(batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -327,7 +329,7 @@ def test_what_is_made_of_padding_does_not_count(family, models, monkeypatch):
     def loss_and_figures():
         batch = make_batch(2)
         batch = batch._replace(audio=batch.audio * ~padding.repeat_interleave(HOP, 1), frames=frames)
-        ((_, loss, _),) = model.losses(batch)
+        _, loss, _ = next(model.losses(batch))
         return loss.item(), *model.validate(batch).values()
 
     expected = loss_and_figures()
@@ -343,7 +345,7 @@ def test_statistics_do_not_know_how_clips_were_padded(family):
             yield batch._replace(audio=batch.audio * (torch.arange(CLIP) < 200 * HOP),
                                  frames=torch.full((len(batch.audio),), 200))
         if extra:
-            yield ag.Batch(torch.zeros(2, CLIP), torch.zeros(2, dtype=torch.int64), None)
+            yield ag.Batch(torch.zeros(2, CLIP), *torch.zeros(2, 2, dtype=torch.int64), None)
 
     one, two = (build(family) for _ in range(2))
     one.preprocessor.fit(batches(False))
@@ -946,14 +948,66 @@ def test_samples_from_the_prior(model_file, no_pictures):
     assert torch.equal(sounds[0][0], sounds[1][0]) and torch.equal(sounds[0][1], sounds[1][1])
     assert not torch.equal(sounds[0][0], sounds[0][1]) and not torch.equal(sounds[0][0], sounds[2][0])
     path, _, columns = no_pictures[0]
-    assert path.name == "samples.png" and [name for name, _ in columns] == ["sample 0", "sample 1"]
+    assert path.name == "samples.png" and [name for name, _ in columns] == ["sample 0: mixture", "sample 1: drums"]
+    explored("sample", "--num_samples", 2, "--label", "drums,mixture")
+    assert [name for name, _ in no_pictures[-1][2]] == ["sample 0: drums", "sample 1: mixture"]
+    assert not torch.equal(wav("results/sample_0.wav"), sounds[0][0])
+
+
+def test_prior_is_learned_beside_the_vae_of_its_codes_and_stems():
+    """It does not pull at the other networks; a mixture of two tracks is one, whatever they are."""
+    model, batch = prepared("vae"), make_batch(16)
+    assert len(set(batch.labels.tolist())) > 2 and 0 in batch.labels and batch.labels.max() < len(ag.STEMS)
+    losses = model.losses(batch)
+    assert next(losses)[0] == "model"
+    player, loss, _ = next(losses)
+    loss.backward()
+    assert player == "prior" and {*model.players()} == {"model", "prior"} and model.labelled
+    assert all(p.grad is None for p in model.players()["model"].parameters())
+    assert sum(p.numel() for player in model.players().values() for p in player.parameters()) == \
+        sum(p.numel() for p in model.parameters() if p.requires_grad)
+    plain = build("vae", prior="normal")
+    assert plain.prior is None and not plain.labelled and {*plain.players()} == {"model"}
+    vocals = dataclasses.replace(synthetic().info(), stems=["vocals"])
+    assert not ag.AudioVAE(ag.VaeConfig(**TINY["vae"]), vocals).labelled
+
+
+def test_rare_stems_are_drawn_as_often_as_common_ones():
+    labels = torch.tensor([0] * 60 + [2] * 3 + [4])
+    rows = torch.cat([ag.balanced(labels, ag.Draw(0, step, 64, slice(None), CPU)) for step in range(200)])
+    shares = torch.bincount(labels[rows], minlength=5) / len(rows)
+    torch.testing.assert_close(shares, torch.tensor([1, 0, 1, 0, 1]) / 3, rtol=0, atol=0.02)
+    assert (torch.bincount(rows, minlength=64)[60:63] / len(rows) - 1 / 9).abs().max() < 0.02
+
+
+def test_labels_are_the_stems_of_single_tracks():
+    draw = ag.Draw(0, 3, 64, slice(None), CPU)
+    bass = [track._replace(stem="bass") for track in synthetic().train[:4]]
+    labels = ag.random_crops(bass, draw).labels
+    assert set(labels.tolist()) == {0, ag.STEMS.index("bass")} and 16 < (labels == 0).sum() < 48
+    assert ag.clip_batch([(bass[0], 0)], CPU).labels.tolist() == [ag.STEMS.index("bass")]
+
+
+def test_clips_of_the_prior_are_measured_beside_real_stems(model_file):
+    model_file("vae")
+    assert_error(explore("stems", "--dataset", "synthetic", *EVALUATE[2:]), 1, "no classifier of stems")
+    ok("--model", "classifier", "--dataset", "synthetic", "--epochs", 2, "--width", 8, "--features", 4, "--checkpoint",
+       "judge.pt", "--results_dir", "judge")
+    explored("stems", "--dataset", "synthetic", "--classifier", "judge.pt", "--num_samples", 12)
+    content = read_json("results/stems.json")
+    assert list(content["rows"]) == ["drawn", "drawn from N(0, 1)", "real training stems", "the same through the VAE"]
+    drawn, normal, real, again = content["rows"].values()
+    assert drawn["fd_synthetic_cnn"] != normal["fd_synthetic_cnn"] and 0 <= real["fd_synthetic_cnn"]
+    assert all(row["n"] == 12 and 0 <= row["silent"] < 12 for row in content["rows"].values())
+    assert drawn["label_agreement"] is not None and normal["label_agreement"] is None and normal["near_copies"] < 0.5
+    assert "near_copies" not in real and again["label_agreement"] is not None
 
 
 def test_samples_show_no_borders_of_patches():
     """From frame to frame a sample changes across a border of two patches about as much as within one: 1.2 times, of
     the VAE whose patches did not lap 41 times."""
     state = ag.load_checkpoint(SCRIPT.path.parent / "pretrained" / "audio_vae.pt")
-    mel = ag.restore_model(state).eval().sample(ag.Noise(0, range(16), CPU))
+    mel = ag.restore_model(state).eval().sample(torch.arange(16) % 5, ag.Noise(0, range(16), CPU))
     steps = mel.diff(dim=2).square().mean((0, 1))
     borders = torch.arange(1, FRAMES) % 16 == 0
     assert 0.7 < steps[borders].mean() / steps[~borders].mean() < 1.4
@@ -1006,7 +1060,8 @@ def test_exploring_overwrites_nothing_of_others(model_file, no_pictures):
     ("codec", ("interpolate", "a.wav", "a.wav"), ("autoencoder or vae",)),
     ("vae", ("sample", "--phase", "original"), ("--phase",)), ("vae", ("interpolate", "a.wav"), ("--input",)),
     ("vae", ("interpolate",), ("two audio files",)), ("vae", ("sample", "--num_samples", 0), ("--num_samples",)),
-    ("vae", ("sample", "--input", "a.wav"), ("--input",)), ("vae", ("dance",), ("interpolate, sample, table",))])
+    ("vae", ("sample", "--input", "a.wav"), ("--input",)), ("vae", ("sample", "--label", "piano"), ("piano", "drums")),
+    ("vae", ("dance",), ("interpolate, sample, stems, table",))])
 def test_task_that_can_not_be_done_is_a_usage_error(family, flags, words, model_file):
     model_file(family)
     write("a.wav", song(0.1))

@@ -245,8 +245,9 @@ def test_model_that_can_not_be_tuned_is_one_error(flags, code, expected):
 
 
 def test_prior_that_has_learned_nothing_draws_from_the_normal_distribution():
-    prior, z = ig.CodePrior(3, 4), torch.randn(50, 3)
-    assert torch.equal(prior.draw(z, torch.arange(50) % 4), z)
+    for prior in (ig.CodePrior(3, 4), ig.CodePrior(3, 4, width=2)):
+        z = torch.randn(50, 3)
+        assert torch.equal(prior.draw(z, torch.arange(50) % 4), z)
 
 
 def test_prior_recovers_each_class_of_a_mixture():
@@ -267,6 +268,23 @@ def test_prior_recovers_each_class_of_a_mixture():
     for label, mean in enumerate(means):
         torch.testing.assert_close(codes[labels == label].mean(0), mean, rtol=0, atol=0.15)
         assert (codes[labels == label].std(0) - deviation).abs().max() < 0.15
+
+
+def test_prior_of_more_numbers_than_it_is_wide_learns_how_far_each_spreads():
+    torch.manual_seed(0)
+    deviations = torch.stack([torch.linspace(0.3, 1.8, 24), torch.linspace(1.8, 0.3, 24)])
+    prior = ig.CodePrior(24, 2, width=16, blocks=1)
+    optimizer = torch.optim.Adam(prior.parameters(), 3e-3)
+    for step in range(800):
+        labels = torch.arange(256) % 2
+        loss = prior.loss(deviations[labels] * torch.randn(256, 24), labels, ig.Draw(0, step, 256, slice(None), CPU))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for label in range(2):
+        with torch.no_grad():
+            codes = prior.draw(torch.randn(2000, 24), torch.full((2000,), label))
+        assert (codes.std(0) - deviations[label]).abs().max() < 0.25
 
 
 def test_prior_learns_beside_the_model_and_does_not_pull_at_it():
