@@ -300,8 +300,9 @@ def look(folder: Path, model: str, picture: Any, fit: str = "none") -> tuple:
     at.results = folder
     found = ex.inspect(at)
     lines = [f"ELBO {found['elbo_nats']:.1f} nats, of which {found['kl_nats']:.1f} are paid for the code"]
-    lines += [f"more unlike the training data than {found['unlike_percent']:.1f} % of real test images"] * (
-        found["unlike_percent"] is not None) + [without_folders(reason) for reason in found["reasons"]]
+    if found["unlike_percent"] is not None:  # MNIST is on this machine
+        lines.append(f"more unlike the training data than {found['unlike_percent']:.1f} % of real test images")
+    lines += [without_folders(reason) for reason in found["reasons"]]
     return "\n".join(lines), str(folder / "inspect.png"), found["classes"], (flag, found["dimensions"])
 
 

@@ -1,5 +1,6 @@
 """The studio: page, HTTP and command line give the same bytes; what a stranger sends ends in one line; and a real
 Chromium uses every control once. All against one process, as a user would start it."""
+import base64
 import contextlib
 import importlib.util
 import io
@@ -224,6 +225,16 @@ def test_look_does_without_the_dataset(tmp_path, digit, monkeypatch):
     (tmp_path / "empty.png").write_bytes(picture(50, 50, value=200))
     assert_error(call(explore, "inspect", "--checkpoint", ROOT / "image_gen/pretrained/vae_mnist.pt", "--results_dir",
                       tmp_path, "--input", tmp_path / "empty.png", "--fit", "mnist"), 1, "empty.png shows nothing")
+
+
+def test_the_page_looks_without_the_dataset(module, tmp_path, digit, monkeypatch):
+    monkeypatch.setattr(module.an, "OPTIONS", module.Options(data_root=tmp_path))
+    monkeypatch.setattr(module.ig, "download", module.no_download)
+    drawing = "data:image/png;base64," + base64.b64encode(digit).decode()
+    *_, (note, sheet, classes, _) = module.an.look("vae_mnist", drawing, "mnist")
+    assert re.fullmatch(r"ELBO -\d+\.\d nats, of which \d+\.\d are paid for the code\nnot compared with real images: "
+                        r"MNIST is not on this machine: .* or --data_root names its folder", note)
+    assert Path(sheet).name == "inspect.png" and len(classes) == 10
 
 
 def test_nearest_images_are_the_nearest():
