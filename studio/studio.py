@@ -27,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import answers as an  # noqa: E402  before gradio, whose settings it makes
 import gradio as gr  # noqa: E402
 from answers import CODEC, ag, ig  # noqa: E402
+from fastapi import HTTPException  # noqa: E402  it comes with gradio
 from PIL import Image  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
 
 # === the page ===
 
@@ -102,7 +104,7 @@ def image(label: str) -> gr.Image:
 
 
 def draw_page() -> None:
-    names = an.weights(ig, lambda family: family.can_sample)
+    names = an.weights(ig, an.draws)
     with tab("Draw", names, "image_gen/pretrained and image_gen/models are empty: image_gen/train.sh trains a model"):
         left, right = columns()
         with right:
@@ -124,7 +126,7 @@ def draw_page() -> None:
 
 
 def look_page() -> None:
-    names = an.weights(ig, lambda family: hasattr(family, "encode"))
+    names = an.weights(ig, an.has_code)
     with tab("Look inside", names, "there are no weights of a VAE: MODEL=vae image_gen/train.sh trains one"):
         left, right = columns()
         with right:
@@ -163,7 +165,7 @@ def look_page() -> None:
 
 
 def sound_page() -> None:
-    names = an.weights(ag, lambda family: issubclass(family, ag.SoundFamily))
+    names = an.weights(ag, an.keeps_sound)
     with tab("Sound", names, "audio_gen/pretrained and audio_gen/models are empty: audio_gen/train.sh trains a model"):
         left, right = columns()
         with right:
@@ -179,7 +181,7 @@ def sound_page() -> None:
                            "make much smaller files and guess the phase.")
             rate = plain(gr.Slider(12, 192, 64, step=4, label="Bitrate", info="Codec: kbit/s of the small file."))
             runs("Give it back", an.regenerate, [sound, model, rate], [told, *players, spectra, small], "regenerate")
-            runs("Only make the small file", an.encode, [sound, rate], [told, small], "encode")
+            runs("Only make the small file", an.encode, [sound, rate, model], [told, small], "encode")
             file = plain(gr.File(label="Or a small file (.iag), to hear it", file_types=[".iag"]))
             runs("Hear the small file", an.decode, [file], [told, players[1]], "decode")
 
@@ -199,7 +201,7 @@ def speak_page() -> None:
 def compare_page() -> None:
     names = [*an.weights(ig), *an.weights(ag)]
     with tab("Compare", names, "there are no weights at all"):
-        picked = gr.CheckboxGroup(names, value=[n for n in names if n in an.weights(ig, lambda f: f.can_sample)],
+        picked = gr.CheckboxGroup(names, value=[n for n in names if n in an.weights(ig, an.draws)],
                                   label="Models", info="Shipped, and trained here.")
         seed = number(0, "Seed", "Of the images that each model draws.")
         holder, told = gr.Column(), note()
@@ -290,6 +292,25 @@ def check_port(options: Options) -> None:
                            "studio may be open; give another --port") from None
 
 
+class Limited:
+    """Around Gradio's server, which counts the bytes of an uploaded file, but not those of other requests."""
+
+    def __init__(self, app: Callable, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        left = 2 ** 16 + (self.most if scope.get("path", "").endswith("/upload") else 2 ** 20)
+
+        async def counted() -> dict:
+            nonlocal left
+            left -= len((message := await receive()).get("body", b""))
+            if left < 0:
+                raise HTTPException(413, "the request is too large: see --max_mb")
+            return message
+
+        await self.app(scope, counted, send)
+
+
 def no_download(title: str, *_: Any) -> None:
     raise ig.UserError(f"{title} is not on this machine: image_gen/train.sh --prepare_data fetches it, or --data_root "
                        "names its folder")
@@ -303,17 +324,19 @@ def serve(argv: Sequence[str] | None) -> int:
     ig.download = no_download
     Image.MAX_IMAGE_PIXELS = 20_000_000  # a picture of twice as many is refused before it is unpacked
     sys.stdout, sys.stderr = an.Terminal(sys.stdout), an.Terminal(sys.stderr)
+    most = int(options.max_mb * 2 ** 20)
     blocks, stop, signals = build(), threading.Event(), []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (signals.append(number), stop.set()))
     blocks.queue(max_size=100, default_concurrency_limit=4)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of this machine
     blocks.launch(server_name=options.host, server_port=options.port, inbrowser=options.browser, auth=auth, quiet=True,
-                  share=False, prevent_thread_lock=True, max_file_size=int(options.max_mb * 2 ** 20), ssr_mode=False,
-                  run_history=False, footer_links=["api"], enable_monitoring=False, state_session_capacity=100,
-                  css=STYLE, theme=gr.themes.Base(**fonts))
+                  share=False, prevent_thread_lock=True, max_file_size=most, ssr_mode=False, run_history=False,
+                  footer_links=["api"], enable_monitoring=False, state_session_capacity=100, css=STYLE,
+                  theme=gr.themes.Base(**fonts), app_kwargs={"middleware": [Middleware(Limited, most=most)]})
     ig.say(f"http://{options.host}:{options.port} is open; Ctrl-C closes it" + (
-        "" if options.host.startswith("127.") else ". It is open to every machine that reaches this one"
+        "" if options.host == "localhost" or options.host.startswith("127.") else
+        ". It is open to every machine that reaches this one"
         + (", with name and password" if auth else " WITHOUT A PASSWORD: set STUDIO_AUTH=NAME:PASSWORD")))
     stop.wait()
     blocks.close(verbose=False)

@@ -128,6 +128,10 @@ def test_draw_gives_the_bytes_of_the_command_line(studio, tmp_path, model, extra
     ({"model": "gan_mnist", "num_samples": 0}, "0 is out of range"),
     ({"model": "gan_mnist", "num_samples": 1e300}, "at most"),
     ({"model": "gan_mnist", "seed": -1}, "--seed: -1 is out of range"),
+    ({"model": "gan_mnist", "seed": float("nan")}, "--seed: 'nan' is not an int"),
+    ({"model": "gan_mnist", "num_samples": float("inf")}, "--num_samples: 'inf' is not an int"),
+    ({"model": "gan_mnist", "label": "9" * 100_000}, "999 ..."), ({"model": ["gan_mnist"]}, "there is no model"),
+    ({"model": "classifier_mnist"}, "there is no model 'classifier_mnist': choose from diffusion_mnist, "),
     ({"model": "gan_mnist", "steps": 4}, "--steps belongs to --model diffusion"),
     ({"model": "gan_mnist", "label": "7 --seed x\n<script>"}, "--label 7 --seed x &lt;script>: the classes are"),
     ({"model": "../../etc/passwd"}, "there is no model '../../etc/passwd': choose from"),
@@ -153,17 +157,22 @@ def picture(width: int, height: int, kind: str = "PNG", value: int = 0) -> bytes
     return file.getvalue()
 
 
-def test_encode_and_decode_give_the_bytes_of_the_command_line(studio, tmp_path):
+@pytest.mark.parametrize("model, flags, heard", [
+    ("audio_codec", ["--bitrate", 48], "44,100 Hz, 2"), ("audio_vae", [], "16,000 Hz, 1"),
+    ("audio_autoencoder", [], "16,000 Hz, 1")])
+def test_encode_and_decode_give_the_bytes_of_the_command_line(studio, tmp_path, model, flags, heard):
+    """Whose file it is, its header says."""
     (tmp_path / "tone.wav").write_bytes(wave(1.0, 44_100, channels=2))
-    codec = "--checkpoint", SHIPPED / "audio_codec.pt"
-    note, file = studio.call("encode", sound=studio.upload("tone.wav", wave(1.0, 44_100, channels=2)), bitrate=48)
-    cli = line_of_command("audio_gen", tmp_path, *codec, "--input", tmp_path / "tone.wav", "--encode", "--bitrate", 48)
+    weights = "--checkpoint", SHIPPED / f"{model}.pt"
+    note, file = studio.call("encode", sound=studio.upload("tone.wav", wave(1.0, 44_100, channels=2)), bitrate=48,
+                             model=model)
+    cli = line_of_command("audio_gen", tmp_path, *weights, "--input", tmp_path / "tone.wav", "--encode", *flags)
     small = studio.bytes_of(file)
     assert small == (cli / "tone.iag").read_bytes() and f"{len(small):,} bytes" in note
     note, sound = studio.call("decode", file=studio.upload("tone.iag", small))
-    line_of_command("audio_gen", tmp_path, *codec, "--decode", cli / "tone.iag")
+    line_of_command("audio_gen", tmp_path, *weights, "--decode", cli / "tone.iag")
     assert studio.bytes_of(sound) == (cli / "tone_decoded.wav").read_bytes()
-    assert note == "1.0 s, 44,100 Hz, 2 channel(s)"
+    assert note == f"1.0 s, {heard} channel(s)"
 
 
 def test_regenerate_gives_the_bytes_of_the_command_line(studio, tmp_path):
@@ -261,6 +270,7 @@ def test_speak_gives_the_bytes_of_the_command_line(studio, tmp_path):
     assert studio.bytes_of(sound) == (cli / "drawn_in_a_row.wav").read_bytes() and "for a second of sound" in note
     assert studio.bytes_of(strip) == (cli / "drawn_sounds.png").read_bytes()
     assert studio.error("speak", digits="eleven").startswith("--label eleven: the classes are zero, one")
+    assert studio.error("speak", digits="1," * 100 + "1") == "more than 100 digits: say fewer at a time"
 
 
 HOSTILE = [  # end point, name of the upload, content, words of the answer
@@ -300,6 +310,8 @@ def test_files_that_the_codec_wrote_may_be_damaged_or_promise_too_much(studio):
     assert "damaged" in studio.error("decode", file=studio.upload("flip.iag", bytes(flipped)))
     codec = load_script("audio_gen")
     header = codec.Header(*codec.HEADER.unpack(small[:codec.HEADER.size])[2:])
+    foreign = header._replace(digest=b"no model").pack() + small[codec.HEADER.size + 4:]
+    assert "written with another model" in studio.error("decode", file=studio.upload("foreign.iag", foreign))
     forged = header._replace(samples=2 ** 50).pack() + small[codec.HEADER.size + 4:]
     assert "longer than 20 s" in studio.error("decode", file=studio.upload("long.iag", forged))
 
@@ -328,6 +340,9 @@ def test_an_upload_has_a_limit(studio):
     with pytest.raises(urllib.error.HTTPError, match="413") as caught:
         studio.upload("large.wav", bytes(3 * 2 ** 20 + 1))
     assert "/" not in caught.value.read().decode()
+    with pytest.raises(urllib.error.HTTPError, match="413") as caught:  # words, too
+        studio.request("/gradio_api/call/v2/draw", b'{"label": "%s"}' % (b"9" * 1_200_000))
+    assert "too large: see --max_mb" in caught.value.read().decode()
 
 
 def test_a_client_that_goes_away_frees_its_work(studio):
@@ -352,7 +367,8 @@ def module():
     module = importlib.util.module_from_spec(spec)
     sys.modules["studio"] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    shutil.rmtree(module.an.SCRATCH, ignore_errors=True)
 
 
 @pytest.mark.parametrize("flags, env, words", [
