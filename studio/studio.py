@@ -49,7 +49,12 @@ canvas.onpointerup = () => { props.value = canvas.toDataURL('image/png'); };
 element.querySelector('button').onclick = clear;
 clear();
 """
-STYLE = ".captioned img {padding: 2em 0}"  # labels and captions lie on the picture
+STYLE = """.captioned img {padding: 2em 0}  /* labels and captions lie on the picture */
+.captioned .grid-container {grid-template-columns: repeat(auto-fit, minmax(9em, 1fr)) !important}
+.figures :is(th, td) {min-width: 9em}"""
+ALT = """() => new MutationObserver(() => document.querySelectorAll('img[alt=""]').forEach(image => {
+  image.alt = image.closest('.block')?.querySelector('[data-testid=block-label]')?.innerText.trim() ?? '';
+})).observe(document.body, {childList: true, subtree: true})"""  # else pictures have no name for who can't see them
 ASIDE = {"api_visibility": "private", "api_name": False, "concurrency_id": "work", "concurrency_limit": 1,
          "show_progress": "hidden"}
 
@@ -97,6 +102,11 @@ def choice(names: Sequence[str], info: str) -> Any:
 
 def note(label: str = "What was done") -> gr.Textbox:
     return gr.Textbox(label=label, interactive=False, lines=1, max_lines=8)
+
+
+def sound(label: str, **more: Any) -> gr.Audio:
+    """Without the button that would share it on another machine."""
+    return gr.Audio(label=label, type="filepath", buttons=["download"], **more)
 
 
 def image(label: str) -> gr.Image:
@@ -170,18 +180,18 @@ def sound_page() -> None:
         left, right = columns()
         with right:
             told = note()
-            players = [gr.Audio(label=label, interactive=False) for label in ("Original", "Given back, as loud")]
+            players = [sound(label, interactive=False) for label in ("Original", "Given back, as loud")]
             small = gr.File(label="The small file (.iag)", interactive=False)
             spectra = image("Waveforms, spectrograms and their difference")
         with left:
-            sound = plain(gr.Audio(type="filepath", label="Sound", sources=["upload", "microphone"]))
-            gr.Examples([str(path) for path in sorted((ag.HERE / "examples").glob("*.flac"))], sound,
+            given = plain(sound("Sound to give back", sources=["upload", "microphone"]))
+            gr.Examples([str(path) for path in sorted((ag.HERE / "examples").glob("*.flac"))], given,
                         label="Or take an example", api_visibility="private")
             model = choice(sorted(names, key=lambda name: name != CODEC), "The codec keeps the waveform; the others "
                            "make much smaller files and guess the phase.")
             rate = plain(gr.Slider(12, 192, 64, step=4, label="Bitrate", info="Codec: kbit/s of the small file."))
-            runs("Give it back", an.regenerate, [sound, model, rate], [told, *players, spectra, small], "regenerate")
-            runs("Only make the small file", an.encode, [sound, rate, model], [told, small], "encode")
+            runs("Give it back", an.regenerate, [given, model, rate], [told, *players, spectra, small], "regenerate")
+            runs("Only make the small file", an.encode, [given, rate, model], [told, small], "encode")
             file = plain(gr.File(label="Or a small file (.iag), to hear it", file_types=[".iag"]))
             runs("Hear the small file", an.decode, [file], [told, players[1]], "decode")
 
@@ -190,9 +200,9 @@ def speak_page() -> None:
     with tab("Speak", *an.speakers()):
         left, right = columns()
         with right:
-            outputs = [note(), gr.Audio(label="What is said", interactive=False), image("Its spectrogram")]
+            outputs = [note(), sound("What is said", interactive=False), image("Its spectrogram")]
         with left:
-            inputs = [plain(gr.Textbox("7", label="Digits", info="What is said, such as 4,2.")),
+            inputs = [plain(gr.Textbox("7", label="Digits", info="What is said, such as 4,2. Empty: all ten.")),
                       number(0, "Seed", "Another seed, another take."),
                       number(None, "Guidance", "Higher: clearer and less varied. Empty: as trained.")]
             runs("Say it", an.speak, inputs, outputs, "speak")
@@ -206,8 +216,9 @@ def compare_page() -> None:
         seed = number(0, "Seed", "Of the images that each model draws.")
         holder, told = gr.Column(), note()
         gallery = gr.Gallery(label="Samples of the same seed", columns=4, height=360, object_fit="contain",
-                             elem_classes="captioned")
-        table = gr.Dataframe(label="Figures of evaluation.json, beside their floor", interactive=False, wrap=True)
+                             elem_classes="captioned", buttons=["download", "fullscreen"])
+        table = gr.Dataframe(label="Figures of evaluation.json, beside their floor", interactive=False,
+                             elem_classes="figures")
         with holder:
             runs("Compare", an.compare, [picked, seed], [told, gallery, table])
         gr.Markdown("### Training")
@@ -329,11 +340,12 @@ def serve(argv: Sequence[str] | None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (signals.append(number), stop.set()))
     blocks.queue(max_size=100, default_concurrency_limit=4)
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of this machine
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # of this machine
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")  # dark enough to read
     blocks.launch(server_name=options.host, server_port=options.port, inbrowser=options.browser, auth=auth, quiet=True,
                   share=False, prevent_thread_lock=True, max_file_size=most, ssr_mode=False, run_history=False,
-                  footer_links=["api"], enable_monitoring=False, state_session_capacity=100, css=STYLE,
-                  theme=gr.themes.Base(**fonts), app_kwargs={"middleware": [Middleware(Limited, most=most)]})
+                  footer_links=["api"], enable_monitoring=False, state_session_capacity=100, css=STYLE, js=ALT,
+                  theme=theme, app_kwargs={"middleware": [Middleware(Limited, most=most)]})
     ig.say(f"http://{options.host}:{options.port} is open; Ctrl-C closes it" + (
         "" if options.host == "localhost" or options.host.startswith("127.") else
         ". It is open to every machine that reaches this one"
