@@ -30,6 +30,7 @@ from answers import CODEC, ag, ig  # noqa: E402
 from fastapi import HTTPException  # noqa: E402  it comes with gradio
 from PIL import Image  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
+from starlette.responses import JSONResponse  # noqa: E402
 
 # === the page ===
 
@@ -115,7 +116,7 @@ def image(label: str) -> gr.Image:
 
 def draw_page() -> None:
     names = an.weights(ig, an.draws)
-    with tab("Draw", names, "image_gen/pretrained and image_gen/models are empty: image_gen/train.sh trains a model"):
+    with tab("Draw", names, "there are no whole weights of such a model: image_gen/train.sh trains one"):
         left, right = columns()
         with right:
             told, picture, looks = note(), image("Images"), gr.State([])
@@ -137,7 +138,7 @@ def draw_page() -> None:
 
 def look_page() -> None:
     names = an.weights(ig, an.has_code)
-    with tab("Look inside", names, "there are no weights of a VAE: MODEL=vae image_gen/train.sh trains one"):
+    with tab("Look inside", names, "there are no whole weights of a VAE: MODEL=vae image_gen/train.sh trains one"):
         left, right = columns()
         with right:
             looked, outputs = gr.State(None), [
@@ -176,7 +177,7 @@ def look_page() -> None:
 
 def sound_page() -> None:
     names = an.weights(ag, an.keeps_sound)
-    with tab("Sound", names, "audio_gen/pretrained and audio_gen/models are empty: audio_gen/train.sh trains a model"):
+    with tab("Sound", names, "there are no whole weights of such a model: audio_gen/train.sh trains one"):
         left, right = columns()
         with right:
             told = note()
@@ -322,6 +323,10 @@ class Limited:
         await self.app(scope, counted, send)
 
 
+def misformed(_: Any, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": "the request is not of the form that /gradio_api/info describes"}, 422)
+
+
 def no_download(title: str, *_: Any) -> None:
     raise ig.UserError(f"{title} is not on this machine: image_gen/train.sh --prepare_data fetches it, or --data_root "
                        "names its folder")
@@ -345,7 +350,8 @@ def serve(argv: Sequence[str] | None) -> int:
     blocks.launch(server_name=options.host, server_port=options.port, inbrowser=options.browser, auth=auth, quiet=True,
                   share=False, prevent_thread_lock=True, max_file_size=most, ssr_mode=False, run_history=False,
                   footer_links=["api"], enable_monitoring=False, state_session_capacity=100, css=STYLE, js=ALT,
-                  theme=theme, app_kwargs={"middleware": [Middleware(Limited, most=most)]})
+                  theme=theme, app_kwargs={"middleware": [Middleware(Limited, most=most)], "exception_handlers":
+                                           dict.fromkeys((IndexError, KeyError, TypeError, ValueError), misformed)})
     ig.say(f"http://{options.host}:{options.port} is open; Ctrl-C closes it" + (
         "" if options.host == "localhost" or options.host.startswith("127.") else
         ". It is open to every machine that reaches this one"

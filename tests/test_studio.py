@@ -95,7 +95,8 @@ def running(*flags, end=signal.SIGINT, silent=True, **env):
 @pytest.fixture(scope="module")
 def studio():
     root = ["--data_root", os.environ["MNIST_ROOT"]] if os.environ.get("MNIST_ROOT") else []
-    with running("--max_mb", "3", "--max_seconds", "20", *root, silent=False) as it:
+    german = {"LANG": "de_DE.UTF-8", "LC_ALL": "de_DE.UTF-8"}
+    with running("--max_mb", "3", "--max_seconds", "20", *root, silent=False, **german) as it:
         yield it
 
 
@@ -336,6 +337,15 @@ def test_the_name_of_a_file_is_no_upload(module, tmp_path):
             module.an.uploaded(payload, tmp_path)
 
 
+@pytest.mark.parametrize("path, body", [
+    ("call/v2/draw", b'{"nonsense": 3}'), ("call/v2/draw", b"[1, 2]"), ("call/v2/look", b"{}"), ("queue/join", b"{}"),
+    ("queue/join", b'{"fn_index": 999, "data": [], "session_hash": "a"}')])
+def test_what_is_no_request_is_a_line(studio, path, body):
+    with pytest.raises(urllib.error.HTTPError, match="422") as caught:
+        studio.request(f"/gradio_api/{path}", body)
+    assert not re.search(r"/tmp|/work|\.py|Traceback", caught.value.read().decode())
+
+
 def test_an_upload_has_a_limit(studio):
     with pytest.raises(urllib.error.HTTPError, match="413") as caught:
         studio.upload("large.wav", bytes(3 * 2 ** 20 + 1))
@@ -506,6 +516,31 @@ def test_page_shows_an_error_as_the_command_line_says_it(opened):
     opened.page.get_by_text("the classes are 0, 1, 2").first.wait_for()
 
 
+def test_page_stops_what_it_is_at(studio, opened):
+    opened.tab("Draw")
+    for label, value in {"Classes": "", "Number of images": "400", "Steps": "1000"}.items():
+        opened.page.get_by_label(label).locator("visible=true").first.fill(value)
+    opened.press("Draw")
+    opened.told("look 2 of the sampler")
+    opened.press("Stop")
+    began = time.monotonic()
+    studio.call("draw", model="gan_mnist", num_samples=1)
+    assert time.monotonic() - began < 30
+
+
+def test_page_has_a_name_for_all_that_is_in_it(opened):
+    """And fits on a phone, where it is as wide as the screen."""
+    opened.page.set_viewport_size({"width": 390, "height": 844})
+    opened.page.wait_for_function("document.documentElement.scrollWidth <= 390")
+    opened.page.set_viewport_size({"width": 1200, "height": 900})
+    for tab in ("Draw", "Look inside", "Sound", "Speak", "Compare"):
+        opened.tab(tab)
+        nameless = opened.page.evaluate("""() => [...document.querySelectorAll('input, button, textarea, canvas, img')]
+            .filter(e => e.checkVisibility() && !e.ariaLabel && !e.title && !e.alt && !e.labels?.length
+                    && !e.textContent.trim() && !e.querySelector('img[alt]')).map(e => e.outerHTML.slice(0, 200))""")
+        assert not nameless, (tab, nameless)
+
+
 @pytest.mark.real_data
 def test_page_looks_inside_a_drawing(opened, mnist_root):
     opened.tab("Look inside")
@@ -536,6 +571,6 @@ def test_page_speaks_and_compares(opened):
     opened.told("for a second of sound")
     opened.tab("Compare")
     opened.press("Compare")
-    opened.told("4 drawn")
+    opened.told(" drawn")
     opened.press("List the models again")
     opened.told("of them training now")
