@@ -143,7 +143,7 @@ def look_page() -> None:
         with right:
             looked, outputs = gr.State(None), [
                 note("What the model says"),
-                image("What the model sees, what comes back from its code, and the nearest training images"),
+                image("Seen, rebuilt, and nearest in training"),
                 gr.Label(label="The classifier's probabilities", num_top_classes=5)]
         with left:
             model = choice(names, "Whose code of the picture is looked at.")
