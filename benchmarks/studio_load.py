@@ -109,6 +109,8 @@ def main() -> int:
         threads = [threading.Thread(target=client, args=(api, i, until, rows, failures)) for i in range(args.clients)]
         for thread in threads:
             thread.start()
+        time.sleep(args.seconds / 2)
+        halfway = memory(studio.pid)
         for thread in threads:
             thread.join()
         waits = sorted(came - queued for _, queued, came in rows)
@@ -116,7 +118,8 @@ def main() -> int:
                   "answers": len(rows), "failures": failures, "out_of_order": out_of_order(rows),
                   "seconds_to_answer": {"median": statistics.median(waits), "p90": waits[int(0.9 * len(waits))],
                                         "longest": waits[-1]} if waits else None,
-                  "mib": {"idle": idle, "after": memory(studio.pid), "peak": memory(studio.pid, "VmHWM")},
+                  "mib": {"idle": idle, "halfway": halfway, "after": memory(studio.pid),
+                          "peak": memory(studio.pid, "VmHWM")},
                   "load_average": os.getloadavg(), "cores": len(os.sched_getaffinity(0))}
     finally:
         studio.send_signal(signal.SIGTERM)

@@ -93,7 +93,8 @@ def one_line(error: BaseException) -> str:
     else:
         traceback.print_exception(error)
         text = f"this should not have happened ({type(error).__name__}); the studio's terminal says more"
-    return without_folders(" ".join(text.split())).replace("<", "&lt;")  # the page would take it for HTML
+    line = without_folders(" ".join(text.split()))
+    return (line[:400] + " ..." * (len(line) > 400)).replace("<", "&lt;")  # the page would take it for HTML
 
 
 def without_folders(text: str) -> str:
@@ -183,7 +184,7 @@ def world(script: Any) -> Any:
 
 def flags(**values: Any) -> list[str]:
     """What the page was told, as words of a command line, whose parser judges them; nothing is nothing."""
-    whole = {k: int(v) if isinstance(v, float) and v == int(v) else v for k, v in values.items()
+    whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in values.items()
              if v is not None and v != ""}
     return [f"--{name}={' '.join(str(value).split())}" for name, value in whole.items()]
 
@@ -206,16 +207,32 @@ def state_of(path: Path) -> dict | None:
     return read(path, path.stat().st_mtime)
 
 
-def weights(script: Any, able: Callable[[type], bool] = lambda _: True) -> dict[str, Path]:
+def all_of(family: type) -> bool:
+    return True
+
+
+def draws(family: type) -> bool:
+    return family.can_sample
+
+
+def has_code(family: type) -> bool:
+    return hasattr(family, "encode")
+
+
+def keeps_sound(family: type) -> bool:
+    return issubclass(family, ag.SoundFamily)
+
+
+def weights(script: Any, able: Callable[[type], bool] = all_of) -> dict[str, Path]:
     """Name -> file of what is shipped, and of what was trained here, of families that are `able`."""
     files = [path for place in ("pretrained", "models") for path in sorted((script.HERE / place).glob("*.pt"))]
     return {path.stem + " (trained here)" * (path.parent.name == "models"): path for path in files
             if ".previous" not in path.name and (state := state_of(path)) and able(script.FAMILIES[state["family"]])}
 
 
-def chosen(script: Any, name: str) -> str:
+def chosen(script: Any, name: str, able: Callable[[type], bool]) -> str:
     """The flag of a checkpoint that the page names; any other file stays closed."""
-    if str(name) not in (found := weights(script)):
+    if str(name) not in (found := weights(script, able)):
         raise ig.UserError(f"there is no model {str(name)!r}: choose from {', '.join(found) or 'none'}", 2)
     return f"--checkpoint={found[name]}"
 
@@ -240,7 +257,7 @@ def draw(folder: Path, model: str, label: str = "", num_samples: int = 16, seed:
         looks.append((t, *(ig.to_uint8(part[:8].float()).cpu() for part in (x, estimate))))
         say(f"look {len(looks)} of the sampler")
 
-    said = infer(ig, [chosen(ig, model), *words, f"--output_dir={folder / 'images'}"], folder, watch)
+    said = infer(ig, [chosen(ig, model, draws), *words, f"--output_dir={folder / 'images'}"], folder, watch)
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         for path in sorted((folder / "images").glob("*.png")):
             archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes())  # without dates: the same bytes each time
@@ -295,13 +312,14 @@ def look(folder: Path, model: str, picture: Any, fit: str = "none") -> tuple:
     """What a VAE makes of a picture; `fit`: mnist to prepare it as MNIST's digits are, none to take it as it is."""
     if fit not in ex.FITS:
         raise ig.UserError(f"--fit {fit}: choose from {', '.join(ex.FITS)}", 2)
-    flag, at = chosen(ig, model), scene(chosen(ig, model))
+    at = scene(flag := chosen(ig, model, has_code))
     at.options = dataclasses.replace(at.options, input=[uploaded(picture, folder)], fit=fit)
     at.results = folder
     found = ex.inspect(at)
     lines = [f"ELBO {found['elbo_nats']:.1f} nats, of which {found['kl_nats']:.1f} are paid for the code"]
-    lines += [f"more unlike the training data than {found['unlike_percent']:.1f} % of real test images"] * (
-        found["unlike_percent"] is not None) + [without_folders(reason) for reason in found["reasons"]]
+    if found["unlike_percent"] is not None:  # MNIST is on this machine
+        lines.append(f"more unlike the training data than {found['unlike_percent']:.1f} % of real test images")
+    lines += [without_folders(reason) for reason in found["reasons"]]
     return "\n".join(lines), str(folder / "inspect.png"), found["classes"], (flag, found["dimensions"])
 
 
@@ -326,11 +344,11 @@ def move(folder: Path, looked: tuple | None, *values: float) -> tuple:
 @job(outputs=1)
 def walk(folder: Path, model: str, first: Any, second: Any, fit: str) -> tuple:
     """From one drawing to another, through their codes."""
-    at, paths = scene(chosen(ig, model)), []
+    at, paths = scene(flag := chosen(ig, model, has_code)), []
     for number, drawing in enumerate((first, second)):
         path = uploaded(drawing, folder, f"{number}.png")
         paths.append(ex.fitted(path, at.model.data.image_size, folder / f"{number} fitted.png", fit))
-    ex.look("interpolate", [chosen(ig, model), "--input", *map(str, paths), f"--results_dir={folder}"])
+    ex.look("interpolate", [flag, "--input", *map(str, paths), f"--results_dir={folder}"])
     return "through the codes of the two", str(folder / "interpolate.png")
 
 
@@ -362,13 +380,23 @@ def record_of(folder: Path) -> tuple[dict, str]:
     return record, ", ".join(text.format(record[key]) for key, text in words.items() if record.get(key) is not None)
 
 
+def small_files(model: str, bitrate: float | None) -> list[str]:
+    """The flags of a model that writes small files; the mel models have no bitrate."""
+    flag = chosen(ag, model, keeps_sound)
+    config = ag.FAMILIES[state_of(weights(ag)[model])["family"]].config_class
+    return [flag, *(flags(bitrate=bitrate) if hasattr(config, "bitrate") else [])]
+
+
+@functools.lru_cache(8)
+def coder(flag: str, _time: float) -> Any:
+    return ag.read_command([flag], "infer").model(world(ag)).coder()
+
+
 @job(outputs=4)
-def regenerate(folder: Path, sound: Any, model: str = "audio_codec", bitrate: float | None = 64) -> tuple:
+def regenerate(folder: Path, sound: Any, model: str = CODEC, bitrate: float | None = 64) -> tuple:
     """A sound given back: by the codec at a bitrate, or by one of the mel models, which have none."""
-    path, flag = heard(sound, folder), chosen(ag, model)
-    family = ag.FAMILIES[state_of(weights(ag)[model])["family"]]
-    rate = flags(bitrate=bitrate) if "bitrate" in {f.name for f in dataclasses.fields(family.config_class)} else []
-    said = infer(ag, [flag, f"--input={path}", *rate], folder)
+    path = heard(sound, folder)
+    said = infer(ag, [*small_files(model, bitrate), f"--input={path}"], folder)
     record, words = record_of(folder)
     warned = [line.strip() for line in said if line.startswith("warning") or "below the input" in line]
     return ("\n".join([words, *warned]), str(path), record["output"], str(folder / "inference_comparison.png"),
@@ -376,19 +404,23 @@ def regenerate(folder: Path, sound: Any, model: str = "audio_codec", bitrate: fl
 
 
 @job(outputs=1)
-def encode(folder: Path, sound: Any, bitrate: float | None = 64) -> tuple:
-    """The codec's small file of a sound."""
-    infer(ag, [chosen(ag, CODEC), f"--input={heard(sound, folder)}", "--encode", *flags(bitrate=bitrate)], folder)
+def encode(folder: Path, sound: Any, bitrate: float | None = 64, model: str = CODEC) -> tuple:
+    """The small file of a sound."""
+    infer(ag, [*small_files(model, bitrate), f"--input={heard(sound, folder)}", "--encode"], folder)
     record, words = record_of(folder)
     return words, record["file"]
 
 
 @job(outputs=1)
 def decode(folder: Path, file: Any) -> tuple:
-    """The sound of a small file."""
-    path, flag = uploaded(file, folder), chosen(ag, CODEC)
+    """The sound of a small file, by the model whose digest its header has."""
+    path, found = uploaded(file, folder), weights(ag, keeps_sound)
+    coders = {f"--checkpoint={path}": coder(f"--checkpoint={path}", path.stat().st_mtime) for path in found.values()}
     with open(path, "rb") as opened:
-        header = ag.read_header(opened, path, ag.Coder(ag.read_command(["--mode=infer", flag]).model(world(ag))))
+        digest = ag.HEADER.unpack(opened.read(ag.HEADER.size).ljust(ag.HEADER.size, b"\0"))[2]
+        flag = next((flag for flag in coders if coders[flag].digest == digest), None) or chosen(ag, CODEC, keeps_sound)
+        opened.seek(0)
+        header = ag.read_header(opened, path, coders[flag])
     short_enough(path, header.samples, header.rate)
     infer(ag, [flag, f"--decode={path}"], folder)
     return (f"{header.samples / header.rate:.1f} s, {header.rate:,} Hz, {header.channels} channel(s)",
@@ -408,7 +440,10 @@ def speak(folder: Path, digits: str, seed: int = 0, guidance: float | None = Non
     found, reason = speakers()
     if reason:
         raise ag.UserError(reason)
-    said = infer(ag, [chosen(ag, next(iter(found))), *flags(label=digits, seed=seed, guidance=guidance)], folder)
+    if str(digits).count(",") >= ag.SHOWN:
+        raise ag.UserError(f"more than {ag.SHOWN} digits: say fewer at a time", 2)
+    said = infer(ag, [f"--checkpoint={next(iter(found.values()))}", *flags(label=digits, seed=seed, guidance=guidance)],
+                 folder)
     return said[-1], str(folder / "drawn_in_a_row.wav"), str(folder / "drawn_sounds.png")
 
 
@@ -482,9 +517,9 @@ def compare(folder: Path, names: Sequence[str], seed: int = 0) -> tuple:
     if not paths:
         raise ig.UserError("choose at least one model", 2)
     gallery, reports = [], {name: evaluation_of(path) for name, path in paths.items()}
-    for name in paths.keys() & weights(ig, lambda family: family.can_sample).keys():
+    for name in paths.keys() & weights(ig, draws).keys():
         say(f"drawing with {name}")
-        infer(ig, [chosen(ig, name), *flags(num_samples=16, seed=seed)], folder / name)
+        infer(ig, [chosen(ig, name, draws), *flags(num_samples=16, seed=seed)], folder / name)
         gallery.append((str(folder / name / "final_samples.png"), name))
     keys = dict.fromkeys(key for report in reports.values() for key in report)
     cells = [[next((r[key][1] for r in reports.values() if key in r), None), *(r.get(key, [None])[0]

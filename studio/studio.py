@@ -27,7 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import answers as an  # noqa: E402  before gradio, whose settings it makes
 import gradio as gr  # noqa: E402
 from answers import CODEC, ag, ig  # noqa: E402
+from fastapi import HTTPException  # noqa: E402  it comes with gradio
 from PIL import Image  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+from starlette.responses import JSONResponse  # noqa: E402
 
 # === the page ===
 
@@ -47,7 +50,12 @@ canvas.onpointerup = () => { props.value = canvas.toDataURL('image/png'); };
 element.querySelector('button').onclick = clear;
 clear();
 """
-STYLE = ".captioned img {padding: 2em 0}"  # labels and captions lie on the picture
+STYLE = """.captioned img {padding: 2em 0}  /* labels and captions lie on the picture */
+.captioned .grid-container {grid-template-columns: repeat(auto-fit, minmax(9em, 1fr)) !important}
+.figures :is(th, td) {min-width: 9em}"""
+ALT = """() => new MutationObserver(() => document.querySelectorAll('img[alt=""]').forEach(image => {
+  image.alt = image.closest('.block')?.querySelector('[data-testid=block-label]')?.innerText.trim() ?? '';
+})).observe(document.body, {childList: true, subtree: true})"""  # else pictures have no name for who can't see them
 ASIDE = {"api_visibility": "private", "api_name": False, "concurrency_id": "work", "concurrency_limit": 1,
          "show_progress": "hidden"}
 
@@ -97,13 +105,18 @@ def note(label: str = "What was done") -> gr.Textbox:
     return gr.Textbox(label=label, interactive=False, lines=1, max_lines=8)
 
 
+def sound(label: str, **more: Any) -> gr.Audio:
+    """Without the button that would share it on another machine."""
+    return gr.Audio(label=label, type="filepath", buttons=["download"], **more)
+
+
 def image(label: str) -> gr.Image:
     return gr.Image(label=label, interactive=False, buttons=["download", "fullscreen"], elem_classes="captioned")
 
 
 def draw_page() -> None:
-    names = an.weights(ig, lambda family: family.can_sample)
-    with tab("Draw", names, "image_gen/pretrained and image_gen/models are empty: image_gen/train.sh trains a model"):
+    names = an.weights(ig, an.draws)
+    with tab("Draw", names, "there are no whole weights of such a model: image_gen/train.sh trains one"):
         left, right = columns()
         with right:
             told, picture, looks = note(), image("Images"), gr.State([])
@@ -124,13 +137,13 @@ def draw_page() -> None:
 
 
 def look_page() -> None:
-    names = an.weights(ig, lambda family: hasattr(family, "encode"))
-    with tab("Look inside", names, "there are no weights of a VAE: MODEL=vae image_gen/train.sh trains one"):
+    names = an.weights(ig, an.has_code)
+    with tab("Look inside", names, "there are no whole weights of a VAE: MODEL=vae image_gen/train.sh trains one"):
         left, right = columns()
         with right:
             looked, outputs = gr.State(None), [
                 note("What the model says"),
-                image("What the model sees, what comes back from its code, and the nearest training images"),
+                image("Seen, rebuilt, and nearest in training"),
                 gr.Label(label="The classifier's probabilities", num_top_classes=5)]
         with left:
             model = choice(names, "Whose code of the picture is looked at.")
@@ -163,23 +176,23 @@ def look_page() -> None:
 
 
 def sound_page() -> None:
-    names = an.weights(ag, lambda family: issubclass(family, ag.SoundFamily))
-    with tab("Sound", names, "audio_gen/pretrained and audio_gen/models are empty: audio_gen/train.sh trains a model"):
+    names = an.weights(ag, an.keeps_sound)
+    with tab("Sound", names, "there are no whole weights of such a model: audio_gen/train.sh trains one"):
         left, right = columns()
         with right:
             told = note()
-            players = [gr.Audio(label=label, interactive=False) for label in ("Original", "Given back, as loud")]
+            players = [sound(label, interactive=False) for label in ("Original", "Given back, as loud")]
             small = gr.File(label="The small file (.iag)", interactive=False)
             spectra = image("Waveforms, spectrograms and their difference")
         with left:
-            sound = plain(gr.Audio(type="filepath", label="Sound", sources=["upload", "microphone"]))
-            gr.Examples([str(path) for path in sorted((ag.HERE / "examples").glob("*.flac"))], sound,
+            given = plain(sound("Sound to give back", sources=["upload", "microphone"]))
+            gr.Examples([str(path) for path in sorted((ag.HERE / "examples").glob("*.flac"))], given,
                         label="Or take an example", api_visibility="private")
             model = choice(sorted(names, key=lambda name: name != CODEC), "The codec keeps the waveform; the others "
                            "make much smaller files and guess the phase.")
             rate = plain(gr.Slider(12, 192, 64, step=4, label="Bitrate", info="Codec: kbit/s of the small file."))
-            runs("Give it back", an.regenerate, [sound, model, rate], [told, *players, spectra, small], "regenerate")
-            runs("Only make the small file", an.encode, [sound, rate], [told, small], "encode")
+            runs("Give it back", an.regenerate, [given, model, rate], [told, *players, spectra, small], "regenerate")
+            runs("Only make the small file", an.encode, [given, rate, model], [told, small], "encode")
             file = plain(gr.File(label="Or a small file (.iag), to hear it", file_types=[".iag"]))
             runs("Hear the small file", an.decode, [file], [told, players[1]], "decode")
 
@@ -188,9 +201,9 @@ def speak_page() -> None:
     with tab("Speak", *an.speakers()):
         left, right = columns()
         with right:
-            outputs = [note(), gr.Audio(label="What is said", interactive=False), image("Its spectrogram")]
+            outputs = [note(), sound("What is said", interactive=False), image("Its spectrogram")]
         with left:
-            inputs = [plain(gr.Textbox("7", label="Digits", info="What is said, such as 4,2.")),
+            inputs = [plain(gr.Textbox("7", label="Digits", info="What is said, such as 4,2. Empty: all ten.")),
                       number(0, "Seed", "Another seed, another take."),
                       number(None, "Guidance", "Higher: clearer and less varied. Empty: as trained.")]
             runs("Say it", an.speak, inputs, outputs, "speak")
@@ -199,13 +212,14 @@ def speak_page() -> None:
 def compare_page() -> None:
     names = [*an.weights(ig), *an.weights(ag)]
     with tab("Compare", names, "there are no weights at all"):
-        picked = gr.CheckboxGroup(names, value=[n for n in names if n in an.weights(ig, lambda f: f.can_sample)],
+        picked = gr.CheckboxGroup(names, value=[n for n in names if n in an.weights(ig, an.draws)],
                                   label="Models", info="Shipped, and trained here.")
         seed = number(0, "Seed", "Of the images that each model draws.")
         holder, told = gr.Column(), note()
         gallery = gr.Gallery(label="Samples of the same seed", columns=4, height=360, object_fit="contain",
-                             elem_classes="captioned")
-        table = gr.Dataframe(label="Figures of evaluation.json, beside their floor", interactive=False, wrap=True)
+                             elem_classes="captioned", buttons=["download", "fullscreen"])
+        table = gr.Dataframe(label="Figures of evaluation.json, beside their floor", interactive=False,
+                             elem_classes="figures")
         with holder:
             runs("Compare", an.compare, [picked, seed], [told, gallery, table])
         gr.Markdown("### Training")
@@ -290,6 +304,29 @@ def check_port(options: Options) -> None:
                            "studio may be open; give another --port") from None
 
 
+class Limited:
+    """Around Gradio's server, which counts the bytes of an uploaded file, but not those of other requests."""
+
+    def __init__(self, app: Callable, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        left = 2 ** 16 + (self.most if scope.get("path", "").endswith("/upload") else 2 ** 20)
+
+        async def counted() -> dict:
+            nonlocal left
+            left -= len((message := await receive()).get("body", b""))
+            if left < 0:
+                raise HTTPException(413, "the request is too large: see --max_mb")
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def misformed(_: Any, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": "the request is not of the form that /gradio_api/info describes"}, 422)
+
+
 def no_download(title: str, *_: Any) -> None:
     raise ig.UserError(f"{title} is not on this machine: image_gen/train.sh --prepare_data fetches it, or --data_root "
                        "names its folder")
@@ -303,17 +340,21 @@ def serve(argv: Sequence[str] | None) -> int:
     ig.download = no_download
     Image.MAX_IMAGE_PIXELS = 20_000_000  # a picture of twice as many is refused before it is unpacked
     sys.stdout, sys.stderr = an.Terminal(sys.stdout), an.Terminal(sys.stderr)
+    most = int(options.max_mb * 2 ** 20)
     blocks, stop, signals = build(), threading.Event(), []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (signals.append(number), stop.set()))
     blocks.queue(max_size=100, default_concurrency_limit=4)
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of this machine
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # of this machine
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")  # dark enough to read
     blocks.launch(server_name=options.host, server_port=options.port, inbrowser=options.browser, auth=auth, quiet=True,
-                  share=False, prevent_thread_lock=True, max_file_size=int(options.max_mb * 2 ** 20), ssr_mode=False,
-                  run_history=False, footer_links=["api"], enable_monitoring=False, state_session_capacity=100,
-                  css=STYLE, theme=gr.themes.Base(**fonts))
+                  share=False, prevent_thread_lock=True, max_file_size=most, ssr_mode=False, run_history=False,
+                  footer_links=["api"], enable_monitoring=False, state_session_capacity=100, css=STYLE, js=ALT,
+                  theme=theme, app_kwargs={"middleware": [Middleware(Limited, most=most)], "exception_handlers":
+                                           dict.fromkeys((IndexError, KeyError, TypeError, ValueError), misformed)})
     ig.say(f"http://{options.host}:{options.port} is open; Ctrl-C closes it" + (
-        "" if options.host.startswith("127.") else ". It is open to every machine that reaches this one"
+        "" if options.host == "localhost" or options.host.startswith("127.") else
+        ". It is open to every machine that reaches this one"
         + (", with name and password" if auth else " WITHOUT A PASSWORD: set STUDIO_AUTH=NAME:PASSWORD")))
     stop.wait()
     blocks.close(verbose=False)

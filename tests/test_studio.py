@@ -1,5 +1,6 @@
 """The studio: page, HTTP and command line give the same bytes; what a stranger sends ends in one line; and a real
 Chromium uses every control once. All against one process, as a user would start it."""
+import base64
 import contextlib
 import importlib.util
 import io
@@ -94,7 +95,8 @@ def running(*flags, end=signal.SIGINT, silent=True, **env):
 @pytest.fixture(scope="module")
 def studio():
     root = ["--data_root", os.environ["MNIST_ROOT"]] if os.environ.get("MNIST_ROOT") else []
-    with running("--max_mb", "3", "--max_seconds", "20", *root, silent=False) as it:
+    german = {"LANG": "de_DE.UTF-8", "LC_ALL": "de_DE.UTF-8"}
+    with running("--max_mb", "3", "--max_seconds", "20", *root, silent=False, **german) as it:
         yield it
 
 
@@ -127,6 +129,10 @@ def test_draw_gives_the_bytes_of_the_command_line(studio, tmp_path, model, extra
     ({"model": "gan_mnist", "num_samples": 0}, "0 is out of range"),
     ({"model": "gan_mnist", "num_samples": 1e300}, "at most"),
     ({"model": "gan_mnist", "seed": -1}, "--seed: -1 is out of range"),
+    ({"model": "gan_mnist", "seed": float("nan")}, "--seed: 'nan' is not an int"),
+    ({"model": "gan_mnist", "num_samples": float("inf")}, "--num_samples: 'inf' is not an int"),
+    ({"model": "gan_mnist", "label": "9" * 100_000}, "999 ..."), ({"model": ["gan_mnist"]}, "there is no model"),
+    ({"model": "classifier_mnist"}, "there is no model 'classifier_mnist': choose from diffusion_mnist, "),
     ({"model": "gan_mnist", "steps": 4}, "--steps belongs to --model diffusion"),
     ({"model": "gan_mnist", "label": "7 --seed x\n<script>"}, "--label 7 --seed x &lt;script>: the classes are"),
     ({"model": "../../etc/passwd"}, "there is no model '../../etc/passwd': choose from"),
@@ -152,17 +158,22 @@ def picture(width: int, height: int, kind: str = "PNG", value: int = 0) -> bytes
     return file.getvalue()
 
 
-def test_encode_and_decode_give_the_bytes_of_the_command_line(studio, tmp_path):
+@pytest.mark.parametrize("model, flags, heard", [
+    ("audio_codec", ["--bitrate", 48], "44,100 Hz, 2"), ("audio_vae", [], "16,000 Hz, 1"),
+    ("audio_autoencoder", [], "16,000 Hz, 1")])
+def test_encode_and_decode_give_the_bytes_of_the_command_line(studio, tmp_path, model, flags, heard):
+    """Whose file it is, its header says."""
     (tmp_path / "tone.wav").write_bytes(wave(1.0, 44_100, channels=2))
-    codec = "--checkpoint", SHIPPED / "audio_codec.pt"
-    note, file = studio.call("encode", sound=studio.upload("tone.wav", wave(1.0, 44_100, channels=2)), bitrate=48)
-    cli = line_of_command("audio_gen", tmp_path, *codec, "--input", tmp_path / "tone.wav", "--encode", "--bitrate", 48)
+    weights = "--checkpoint", SHIPPED / f"{model}.pt"
+    note, file = studio.call("encode", sound=studio.upload("tone.wav", wave(1.0, 44_100, channels=2)), bitrate=48,
+                             model=model)
+    cli = line_of_command("audio_gen", tmp_path, *weights, "--input", tmp_path / "tone.wav", "--encode", *flags)
     small = studio.bytes_of(file)
     assert small == (cli / "tone.iag").read_bytes() and f"{len(small):,} bytes" in note
     note, sound = studio.call("decode", file=studio.upload("tone.iag", small))
-    line_of_command("audio_gen", tmp_path, *codec, "--decode", cli / "tone.iag")
+    line_of_command("audio_gen", tmp_path, *weights, "--decode", cli / "tone.iag")
     assert studio.bytes_of(sound) == (cli / "tone_decoded.wav").read_bytes()
-    assert note == "1.0 s, 44,100 Hz, 2 channel(s)"
+    assert note == f"1.0 s, {heard} channel(s)"
 
 
 def test_regenerate_gives_the_bytes_of_the_command_line(studio, tmp_path):
@@ -226,6 +237,16 @@ def test_look_does_without_the_dataset(tmp_path, digit, monkeypatch):
                       tmp_path, "--input", tmp_path / "empty.png", "--fit", "mnist"), 1, "empty.png shows nothing")
 
 
+def test_the_page_looks_without_the_dataset(module, tmp_path, digit, monkeypatch):
+    monkeypatch.setattr(module.an, "OPTIONS", module.Options(data_root=tmp_path))
+    monkeypatch.setattr(module.ig, "download", module.no_download)
+    drawing = "data:image/png;base64," + base64.b64encode(digit).decode()
+    *_, (note, sheet, classes, _) = module.an.look("vae_mnist", drawing, "mnist")
+    assert re.fullmatch(r"ELBO -\d+\.\d nats, of which \d+\.\d are paid for the code\nnot compared with real images: "
+                        r"MNIST is not on this machine: .* or --data_root names its folder", note)
+    assert Path(sheet).name == "inspect.png" and len(classes) == 10
+
+
 def test_nearest_images_are_the_nearest():
     generator = torch.Generator().manual_seed(0)
     train = torch.randint(256, (30_001, 1, 4, 4), generator=generator, dtype=torch.uint8)
@@ -250,6 +271,7 @@ def test_speak_gives_the_bytes_of_the_command_line(studio, tmp_path):
     assert studio.bytes_of(sound) == (cli / "drawn_in_a_row.wav").read_bytes() and "for a second of sound" in note
     assert studio.bytes_of(strip) == (cli / "drawn_sounds.png").read_bytes()
     assert studio.error("speak", digits="eleven").startswith("--label eleven: the classes are zero, one")
+    assert studio.error("speak", digits="1," * 100 + "1") == "more than 100 digits: say fewer at a time"
 
 
 HOSTILE = [  # end point, name of the upload, content, words of the answer
@@ -289,6 +311,8 @@ def test_files_that_the_codec_wrote_may_be_damaged_or_promise_too_much(studio):
     assert "damaged" in studio.error("decode", file=studio.upload("flip.iag", bytes(flipped)))
     codec = load_script("audio_gen")
     header = codec.Header(*codec.HEADER.unpack(small[:codec.HEADER.size])[2:])
+    foreign = header._replace(digest=b"no model").pack() + small[codec.HEADER.size + 4:]
+    assert "written with another model" in studio.error("decode", file=studio.upload("foreign.iag", foreign))
     forged = header._replace(samples=2 ** 50).pack() + small[codec.HEADER.size + 4:]
     assert "longer than 20 s" in studio.error("decode", file=studio.upload("long.iag", forged))
 
@@ -313,10 +337,22 @@ def test_the_name_of_a_file_is_no_upload(module, tmp_path):
             module.an.uploaded(payload, tmp_path)
 
 
+@pytest.mark.parametrize("path, body", [
+    ("call/v2/draw", b'{"nonsense": 3}'), ("call/v2/draw", b"[1, 2]"), ("call/v2/look", b"{}"), ("queue/join", b"{}"),
+    ("queue/join", b'{"fn_index": 999, "data": [], "session_hash": "a"}')])
+def test_what_is_no_request_is_a_line(studio, path, body):
+    with pytest.raises(urllib.error.HTTPError, match="422") as caught:
+        studio.request(f"/gradio_api/{path}", body)
+    assert not re.search(r"/tmp|/work|\.py|Traceback", caught.value.read().decode())
+
+
 def test_an_upload_has_a_limit(studio):
     with pytest.raises(urllib.error.HTTPError, match="413") as caught:
         studio.upload("large.wav", bytes(3 * 2 ** 20 + 1))
     assert "/" not in caught.value.read().decode()
+    with pytest.raises(urllib.error.HTTPError, match="413") as caught:  # words, too
+        studio.request("/gradio_api/call/v2/draw", b'{"label": "%s"}' % (b"9" * 1_200_000))
+    assert "too large: see --max_mb" in caught.value.read().decode()
 
 
 def test_a_client_that_goes_away_frees_its_work(studio):
@@ -341,7 +377,8 @@ def module():
     module = importlib.util.module_from_spec(spec)
     sys.modules["studio"] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    shutil.rmtree(module.an.SCRATCH, ignore_errors=True)
 
 
 @pytest.mark.parametrize("flags, env, words", [
@@ -479,6 +516,31 @@ def test_page_shows_an_error_as_the_command_line_says_it(opened):
     opened.page.get_by_text("the classes are 0, 1, 2").first.wait_for()
 
 
+def test_page_stops_what_it_is_at(studio, opened):
+    opened.tab("Draw")
+    for label, value in {"Classes": "", "Number of images": "400", "Steps": "1000"}.items():
+        opened.page.get_by_label(label).locator("visible=true").first.fill(value)
+    opened.press("Draw")
+    opened.told("look 2 of the sampler")
+    opened.press("Stop")
+    began = time.monotonic()
+    studio.call("draw", model="gan_mnist", num_samples=1)
+    assert time.monotonic() - began < 30
+
+
+def test_page_has_a_name_for_all_that_is_in_it(opened):
+    """And fits on a phone, where it is as wide as the screen."""
+    opened.page.set_viewport_size({"width": 390, "height": 844})
+    opened.page.wait_for_function("document.documentElement.scrollWidth <= 390")
+    opened.page.set_viewport_size({"width": 1200, "height": 900})
+    for tab in ("Draw", "Look inside", "Sound", "Speak", "Compare"):
+        opened.tab(tab)
+        nameless = opened.page.evaluate("""() => [...document.querySelectorAll('input, button, textarea, canvas, img')]
+            .filter(e => e.checkVisibility() && !e.ariaLabel && !e.title && !e.alt && !e.labels?.length
+                    && !e.textContent.trim() && !e.querySelector('img[alt]')).map(e => e.outerHTML.slice(0, 200))""")
+        assert not nameless, (tab, nameless)
+
+
 @pytest.mark.real_data
 def test_page_looks_inside_a_drawing(opened, mnist_root):
     opened.tab("Look inside")
@@ -509,6 +571,6 @@ def test_page_speaks_and_compares(opened):
     opened.told("for a second of sound")
     opened.tab("Compare")
     opened.press("Compare")
-    opened.told("4 drawn")
+    opened.told(" drawn")
     opened.press("List the models again")
     opened.told("of them training now")
