@@ -707,7 +707,7 @@ class AudioVAE(MelFamily):
 
 def balanced(labels: Tensor, draw: Draw) -> Tensor:
     """As many rows of a batch [B] at random, each stem in it as often as any other: single stems are few"""
-    weights = 1 / F.one_hot(labels).sum(0)[labels]
+    weights = 1 / F.one_hot(labels, len(STEMS)).sum(0)[labels]
     return torch.searchsorted(weights.cumsum(0) / weights.sum(), draw.uniform()).clamp(max=len(labels) - 1)
 
 
