@@ -126,7 +126,7 @@ def interpolate(command: Command, world: World) -> int:
     if options.input is None:
         raise UserError("interpolate takes two audio files: explore.py interpolate a.wav b.wav", 2)
     results = results_for(command, ("interpolation.wav", "interpolation.png"), options.input)
-    tracks = [ag.Track(file.name, "file", ag.read_audio(file).numpy()) for file in options.input]
+    tracks = [ag.Track(file.name, "mixture", ag.read_audio(file).numpy()) for file in options.input]
     ends = [max(ag.fixed_clips([track]), key=lambda clip: float(ag.cut(*clip).square().sum())) for track in tracks]
     start, end = model.encode(ag.clip_batch(ends, world.device).audio).split(1)
     loudness = [model.render(model.decode(code)).square().mean().sqrt().item() for code in (start, end)]
@@ -291,7 +291,7 @@ def table(command: Command, world: World) -> int:
     results = results_for(command, ["table.json"], files)
     rows: dict[str, Any] = {}
     for file in files:
-        clips = ag.fixed_clips([ag.Track(file.name, "file", ag.read_audio(file).numpy())], CLIPS_OF_A_FILE)
+        clips = ag.fixed_clips([ag.Track(file.name, "mixture", ag.read_audio(file).numpy())], CLIPS_OF_A_FILE)
         rows[str(file)] = {name: {file.name: row["all"]} for name, row in
                            ag.measure_rows(model, clips, file.name).items()}
         ag.print_rows(rows[str(file)], file.name)

@@ -360,7 +360,9 @@ script = conftest.load_script({self.name!r})
 conftest.quiet(script, Path("script").resolve())
 step = script.Trainer.train_step
 {body}
-sys.exit(script.main(sys.argv[1:]))
+status = script.main(sys.argv[1:])
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(status)  # as the script itself leaves when there are several processes: gloo's threads may abort a shutdown
 """)
         return path
 
