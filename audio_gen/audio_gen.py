@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import abc
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -684,11 +685,9 @@ class AudioVAE(MelFamily):
         loss = 0.5 * (math.log(2 * math.pi) + 1 + (mse + 1e-6).log()) + warm * self.config.beta * per_bin
         yield "model", loss, {"mse": mse.detach(), "kl": kl.detach().sum(1).mean()}
         if self.prior is not None:
-            codes, prior_losses = latent[:, :self.LEARNED].detach(), []
-            for _ in range(8):  # noises for each code, as it costs so little
-                rows = balanced(batch.labels, batch.draw)
-                prior_losses.append(self.prior.loss(codes[rows], batch.labels[rows], batch.draw))
-            loss = torch.stack(prior_losses).mean()
+            codes = latent[:, :self.LEARNED].detach()
+            turns = (balanced(batch.labels, batch.draw) if self.labelled else slice(None) for _ in range(8))  # cheap
+            loss = torch.stack([self.prior.loss(codes[rows], batch.labels[rows], batch.draw) for rows in turns]).mean()
             yield "prior", loss, {"prior_loss": loss.detach()}
 
     @torch.no_grad()
@@ -3085,12 +3084,11 @@ def provenance() -> dict[str, str]:
 @torch.no_grad()
 def held_out(model: Family, data: Any, device: torch.device, count: int | None = None) -> dict[str, float]:
     """The family's own figures on `count` held-out examples, with noise that is the same every time."""
-    sums: dict[str, float] = {}
-    total = 0
+    sums, total = collections.Counter(), 0
     for batch in data.held_out(count or model.held_out_count, device):
         total += len(batch[0])
         for key, value in model.validate(batch).items():
-            sums[key] = sums.get(key, 0.0) + value * len(batch[0])
+            sums[key] += value * len(batch[0])
     return {key: value / total for key, value in sums.items()}
 
 
@@ -3256,12 +3254,20 @@ def nearest_distance(pictures: Tensor, train: Tensor) -> Tensor:
     return torch.cat(nearest).clamp(min=0).sqrt()
 
 
+def near_copies(drawn: Tensor, train: Tensor, held_out: Tensor) -> dict[str, Any]:
+    """How many pictures lie suspiciously near to a training picture: an entry of a report. uint8 [N C H W]"""
+    distances = nearest_distance(held_out, train)
+    threshold = torch.quantile(distances, 0.01)
+    value, floor = ((d < threshold).float().mean().item() for d in (nearest_distance(drawn, train), distances))
+    return {"value": value, "floor": floor, "threshold": threshold.item(), "definition": "share of samples nearer to a "
+            "training example (distance of pixels) than the nearest hundredth of test examples is; floor: their share"}
+
+
 def measure(estimate: Features, reference: Features, net: FeatureNet, asked: Tensor | None = None,
             quick: bool = False) -> tuple[dict[str, float | None], dict[str, str]]:
     """All metrics of a set of examples against a reference, and the reasons for those that could not be computed.
     `asked` [N] are the labels that they were drawn for; `quick` leaves out the last three."""
-    values: dict[str, float | None] = {}
-    reasons: dict[str, str] = {}
+    values, reasons = dict[str, float | None](), dict[str, str]()
     count, name = min(len(estimate.vectors), len(reference.vectors)), net.name
     for metric, least, *keys in (
             (lambda *sets: [frechet_distance(*sets)], net.width, f"{FRECHET}_{name}"),  # covariances need full rank
@@ -3363,10 +3369,8 @@ def evaluate_samples(options: MeasureOptions, model: SoundDiffusion, data: Short
     order, reference = some_rows(data.train, count), data.test[some_rows(data.test, count)]
     common = {"n": count, "n_floor": len(order), "n_reference": len(reference), "reference": "test"}
     real, asked = data.train[order], data.train_labels[order]
-    again, metrics = way_back(model, real), {}
-    if net is None:
-        metrics[FRECHET] = {"value": None, "reason": reason}
-    else:
+    again, metrics = way_back(model, real), {} if net else {FRECHET: {"value": None, "reason": reason}}
+    if net:
         target = net(reference)
         (values, reasons), (floors, _), (back, _) = (measure(net(sounds), target, net, given) for sounds, given in (
             (drawn, labels), (real, asked), (again, asked)))
@@ -3383,12 +3387,7 @@ def evaluate_samples(options: MeasureOptions, model: SoundDiffusion, data: Short
             "feature_net": "second classifier", "feature_net_sha256": judge.digest}
     train, *parts = (torch.cat([to_uint8(model.picture(part.float().to(device))).cpu() for part in sounds.split(500)])
                      for sounds in (data.train, drawn, reference))
-    distances = nearest_distance(parts[1], train)
-    threshold = torch.quantile(distances, 0.01)
-    near = [(d < threshold).float().mean().item() for d in (nearest_distance(parts[0], train), distances)]
-    metrics["near_copies"] = {"value": near[0], "floor": near[1], **common, "threshold": threshold.item(), "definition":
-                              "share of sounds nearer to a training sound (Euclidean distance of log-mel pictures) "
-                              "than the nearest hundredth of the test sounds is; the floor is the test sounds' share"}
+    metrics["near_copies"] = near_copies(parts[0], train, parts[1]) | common
     return {"num_samples": count, "sampling_seconds": round(seconds, 1),
             "seconds_per_second_of_sound": seconds / (drawn.numel() / model.data.sample_rate), "metrics": metrics}
 

@@ -220,14 +220,13 @@ def stems(command: Command, world: World) -> int:
     def pictures(sounds: Tensor) -> Tensor:
         return ag.to_uint8(judge.picture(sounds.float()))
 
-    train = pictures(data.train)
-    threshold = torch.quantile(ag.nearest_distance(pictures(data.test), train), 0.01)
+    train, held_out = pictures(data.train), pictures(data.test)
     rows: dict[str, dict] = {}
     for name, (sounds, asked) in sets.items():
         values, reasons = ag.measure(net(sounds), target, net, asked)
         rows[name] = values | {"n": len(sounds), "silent": int((sounds == 0).all(1).sum()), "reasons": reasons} | (
             {} if name.startswith(("real", "the same")) else {  # those are training sounds
-                "near_copies": (ag.nearest_distance(pictures(sounds), train) < threshold).float().mean().item()})
+                "near_copies": ag.near_copies(pictures(sounds), train, held_out)["value"]})
         ag.say(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in rows[name].items()
                                        if isinstance(value, float) and not key.endswith("_std")))
     ag.write_json(results / "stems.json", {

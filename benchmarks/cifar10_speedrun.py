@@ -8,7 +8,8 @@
 FID is that of our own classifier's features between samples of the averaged weights and as many test images; beside it
 stands its floor, real training images in the place of samples. It is measured after an eighth, a quarter and a half of
 the minutes and at their end, while the clock stands still. The classifier is trained first where none fits, and kept.
-Results: one JSON file, a plot of FID against seconds, and of each family a picture of samples, a strip for each class.
+Results: one JSON file, a plot of FID against seconds, and of each family a checkpoint and a picture of samples, a strip
+for each class.
 """
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def run_family(family: str, args: argparse.Namespace, images: ig.Images, net: ig
     reference = net(images.test[ig.some_rows(images.test, args.samples)])
     floors, _ = ig.measure(net(images.train[ig.some_rows(images.train, args.samples)]), reference, net)
     torch.manual_seed(0)
-    runner, curve = Ours(args, images, family, flip="on"), []
+    drawing = {"guidance": args.guidance, "temperature": args.temperature} if family == "diffusion" else {}
+    runner, curve = Ours(args, images, family, flip="on", **drawing), []
     labels = ig.proportional_labels(images.info(), args.samples, runner.network.labelled)
     strips = list(torch.arange(100).split(STRIP)) if labels is None else [
         (labels == k).nonzero().flatten()[:STRIP] for k in range(len(images.classes))]
@@ -77,7 +79,11 @@ def run_family(family: str, args: argparse.Namespace, images: ig.Images, net: ig
                       f"CIFAR-10, {family} after {minutes:.1f} minutes, FID {curve[-1]['fid']:.1f}", names)
 
     trained = train_for(runner, args, family, look)
-    return trained | {"curve": curve, "parameters": sum(p.numel() for p in runner.network.parameters()),
+    runner.trainer.checkpoint = args.out.with_name(f"{args.out.stem}_{family}.pt")
+    runner.trainer.fresh = False  # there is no metrics.jsonl beside it
+    runner.trainer.save()
+    return trained | drawing | {"checkpoint": runner.trainer.checkpoint.name, "curve": curve,
+                      "parameters": sum(p.numel() for p in runner.network.parameters()),
                       "precision": runner.precision, "batch": args.batch_size, "samples": args.samples,
                       "floor": {key: floors[f"{key}_{net.name}"] for key in ("fid", "is", "kid")},
                       "feature_net": net.name, "feature_net_sha256": net.digest}
@@ -108,6 +114,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             ("minutes", 10.0, ig.number(float, 0, open_low=True), "of training, for each"),
             ("samples", 2000, ig.number(int, 130, 10_000), "images to measure; more than 128, the features"),
             ("batch_size", 64, ig.number(int, 1), "images per step"),
+            ("guidance", 1.0, ig.number(float, 0, 100), "of the diffusion model's drawing"),
+            ("temperature", 1.0, ig.number(float, 0, 10), "of the diffusion model's starting noise"),
             ("classifier_epochs", 15, ig.number(int, 1), "of the classifier that measures"),
             ("threads", None, ig.number(int, 1), "of PyTorch; as many as it takes where not given"),
             ("device", "auto", str, "auto, cpu, cuda, cuda:N or mps"),
@@ -126,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise ig.UserError(f"--families {name}: choose from diffusion, gan, vae", 2)
         if args.threads:
             torch.set_num_threads(args.threads)
-        args.out, args.shares = args.out.resolve(), SHARES
+        args.out, args.shares = args.out.resolve(), SHARES  # when train_for() looks
         ig.results_folder(args.out.parent)
         images = load(args.data_root)
         net, families = feature_net(args, images), {}

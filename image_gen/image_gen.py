@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import abc
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -1405,8 +1406,8 @@ class Images:
                         len(self.train))
 
     def describe(self) -> str:
-        train, test = self.train, self.test
-        return f"{self.title}: {len(train)} training and {len(test)} test images of {train.shape[-1]} pixels"
+        train, test = map(len, (self.train, self.test))
+        return f"{self.title}: {train} training and {test} test images of {self.train.shape[-1]} pixels"
 
     def plan(self, config: RunConfig) -> tuple[int, int]:
         """(batch size, steps per epoch): an epoch is as many whole batches as there are."""
@@ -1820,12 +1821,20 @@ def nearest_distance(pictures: Tensor, train: Tensor) -> Tensor:
     return torch.cat(nearest).clamp(min=0).sqrt()
 
 
+def near_copies(drawn: Tensor, train: Tensor, held_out: Tensor) -> dict[str, Any]:
+    """How many pictures lie suspiciously near to a training picture: an entry of a report. uint8 [N C H W]"""
+    distances = nearest_distance(held_out, train)
+    threshold = torch.quantile(distances, 0.01)
+    value, floor = ((d < threshold).float().mean().item() for d in (nearest_distance(drawn, train), distances))
+    return {"value": value, "floor": floor, "threshold": threshold.item(), "definition": "share of samples nearer to a "
+            "training example (distance of pixels) than the nearest hundredth of test examples is; floor: their share"}
+
+
 def measure(estimate: Features, reference: Features, net: FeatureNet, asked: Tensor | None = None,
             quick: bool = False) -> tuple[dict[str, float | None], dict[str, str]]:
     """All metrics of a set of examples against a reference, and the reasons for those that could not be computed.
     `asked` [N] are the labels that they were drawn for; `quick` leaves out the last three."""
-    values: dict[str, float | None] = {}
-    reasons: dict[str, str] = {}
+    values, reasons = dict[str, float | None](), dict[str, str]()
     count, name = min(len(estimate.vectors), len(reference.vectors)), net.name
     for metric, least, *keys in (
             (lambda *sets: [frechet_distance(*sets)], net.width, f"{FRECHET}_{name}"),  # covariances need full rank
@@ -1900,12 +1909,11 @@ def provenance() -> dict[str, str]:
 @torch.no_grad()
 def held_out(model: Family, data: Any, device: torch.device, count: int | None = None) -> dict[str, float]:
     """The family's own figures on `count` held-out examples, with noise that is the same every time."""
-    sums: dict[str, float] = {}
-    total = 0
+    sums, total = collections.Counter(), 0
     for batch in data.held_out(count or model.held_out_count, device):
         total += len(batch[0])
         for key, value in model.validate(batch).items():
-            sums[key] = sums.get(key, 0.0) + value * len(batch[0])
+            sums[key] += value * len(batch[0])
     return {key: value / total for key, value in sums.items()}
 
 
@@ -1935,25 +1943,17 @@ def evaluate_samples(options: MeasureOptions, model: ImageModel, images: Images)
     labels, started = proportional_labels(model.data, count, model.labelled), time.perf_counter()
     drawn = generate_all(model, labels, count, options.sample_batch, "drawing")
     seconds = time.perf_counter() - started
-    metrics: dict[str, Any] = {}
-    order = some_rows(images.train, count)
-    reference = images.test[some_rows(images.test, count)]
+    order, reference = some_rows(images.train, count), images.test[some_rows(images.test, count)]
     common = {"n": count, "n_floor": len(order), "n_reference": len(reference), "reference": "test"}
-    if net is None:
-        metrics["fid"] = {"value": None, "reason": reason}
-    else:
+    metrics: dict[str, Any] = {} if net else {"fid": {"value": None, "reason": reason}}
+    if net:
         target = net(reference)
         values, reasons = measure(net(drawn), target, net, labels)
         floors, _ = measure(net(images.train[order]), target, net, images.train_labels[order])
         for key, value in values.items():
             metrics[key] = {"value": value, "floor": floors[key], **common, "feature_net": net.name,
                             "feature_net_sha256": net.digest} | ({"reason": reasons[key]} if key in reasons else {})
-    distances = nearest_distance(reference, images.train)
-    threshold = torch.quantile(distances, 0.01)
-    near = [(d < threshold).float().mean().item() for d in (nearest_distance(drawn, images.train), distances)]
-    metrics["near_copies"] = {"value": near[0], "floor": near[1], **common, "threshold": threshold.item(), "definition":
-                              "share of images nearer to a training image (Euclidean distance of pixels) than the "
-                              "nearest hundredth of the test images is; the floor is the test images' own share"}
+    metrics["near_copies"] = near_copies(drawn, images.train, reference) | common
     return {"num_samples": count, "sampling_seconds": round(seconds, 1),
             "images_per_second": round(count / seconds, 1), "metrics": metrics}
 
