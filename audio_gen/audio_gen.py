@@ -1457,10 +1457,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B heads HW C/heads]
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(mixed.transpose(-1, -2).reshape(b, c, h, w))
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B heads HW C/heads]
+        weights = (q @ k.mT * (c // self.heads) ** -0.5).softmax(-1)  # PyTorch's fused one trains slower on a CPU
+        return x + self.out((weights @ v).transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2))
 
 
 class Muon(torch.optim.AdamW):
@@ -1499,8 +1499,8 @@ class Muon(torch.optim.AdamW):
 def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
     """[N R C] -> roughly the nearest semi-orthogonal matrices: Newton-Schulz in bfloat16 ([Jordan24])."""
     tall = x.shape[1] > x.shape[2]
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
-    x = x.mT if tall else x
+    x = (x.mT if tall else x).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
