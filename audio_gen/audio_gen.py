@@ -1725,8 +1725,7 @@ class FlowModel(Family):
             return SAMPLERS[self.config.sampler](watched, x, times, self.noise_schedule, noise)
 
     def describe_sampling(self) -> dict[str, Any]:
-        steps = len(self.times())
-        guided = self.classes > 0 and self.config.guidance != 1
+        steps, guided = len(self.times()), self.classes > 0 and self.config.guidance != 1
         return {"sampler": self.config.sampler, "steps": steps, "guidance": self.config.guidance,
                 "network_evaluations": steps * (1 + guided)}
 

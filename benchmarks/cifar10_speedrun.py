@@ -114,7 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             ("minutes", 10.0, ig.number(float, 0, open_low=True), "of training, for each"),
             ("samples", 2000, ig.number(int, 130, 10_000), "images to measure; more than 128, the features"),
             ("batch_size", 64, ig.number(int, 1), "images per step"),
-            ("guidance", 1.0, ig.number(float, 0, 100), "of the diffusion model's drawing"),
+            ("guidance", 1.5, ig.number(float, 0, 100), "of the diffusion model's drawing"),
             ("temperature", 1.0, ig.number(float, 0, 10), "of the diffusion model's starting noise"),
             ("classifier_epochs", 15, ig.number(int, 1), "of the classifier that measures"),
             ("threads", None, ig.number(int, 1), "of PyTorch; as many as it takes where not given"),

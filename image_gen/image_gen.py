@@ -547,9 +547,7 @@ SAMPLERS = {"ddim": sample_ddim, "dpm++": sample_dpm, "consistency": sample_cons
 
 DIFFUSION_RECIPES = {  # what suits each objective, flow and consistency, where the user does not say
     "epochs": (3, 1), "batch_size": (32, 64), "learning_rate": (2e-3, 5e-4), "muon_rate": (0.02, 0.005),
-    "weight_decay": (0.01, 0.0), "warmup_steps": (50, 20), "sampler": ("dpm++", "consistency"),
-    "steps": (8, 2), "temperature": (0.93, 1.1),
-}
+    "weight_decay": (0.01, 0.0), "warmup_steps": (50, 20), "steps": (8, 2), "sampler": ("dpm++", "consistency")}
 OBJECTIVES = ("flow", "consistency")
 
 
@@ -581,7 +579,8 @@ class DiffusionConfig(RunConfig):
     steps: int | None = recipe("steps", "sampling", "sampling steps, one evaluation each", number(int, 1, TIMESTEPS))
     guidance: float = option(1.0, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none, other values "
                              "double the work", number(float, 0, 100))
-    temperature: float | None = recipe("temperature", "sampling", "factor of the starting noise", number(float, 0, 10))
+    temperature: float | None = option(None, "sampling", "factor of the starting noise (default: 1 in colour, else "
+                                       "0.93; consistency: 1.1)", number(float, 0, 10))
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -735,8 +734,7 @@ class FlowModel(Family):
             return SAMPLERS[self.config.sampler](watched, x, times, self.noise_schedule, noise)
 
     def describe_sampling(self) -> dict[str, Any]:
-        steps = len(self.times())
-        guided = self.classes > 0 and self.config.guidance != 1
+        steps, guided = len(self.times()), self.classes > 0 and self.config.guidance != 1
         return {"sampler": self.config.sampler, "steps": steps, "guidance": self.config.guidance,
                 "network_evaluations": steps * (1 + guided)}
 
@@ -748,6 +746,9 @@ class DiffusionModel(FlowModel, ImageModel):
     older = {"muon_rate": 0.0, "temperature": 1.0}
 
     def __init__(self, config: DiffusionConfig, data: DataInfo) -> None:
+        if config.temperature is None:  # in colour less noise is less light and shade
+            usual = 1.0 if data.channels > 1 else 0.93 if config.objective == "flow" else 1.1
+            config = dataclasses.replace(config, temperature=usual)
         super().__init__(config, data)
         if data.image_size % 2 ** config.levels:
             raise UserError(f"images of {data.image_size} pixels can't be halved --levels {config.levels} times: "

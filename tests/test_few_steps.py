@@ -54,6 +54,18 @@ def write_model(path: str, model, **config) -> Path:
     return Path(path)
 
 
+# === temperature ===
+
+
+@pytest.mark.parametrize("channels, objective, given, expected", [
+    (1, "flow", None, 0.93), (3, "flow", None, 1.0), (1, "consistency", None, 1.1), (3, "consistency", None, 1.0),
+    (3, "flow", 0.0, 0.0), (1, "flow", 1.2, 1.2)])
+def test_temperature_is_as_asked_else_what_suits_the_pictures(channels, objective, given, expected):
+    told = {} if given is None else {"temperature": given}
+    model = build("diffusion", dataclasses.replace(INFO, channels=channels), objective=objective, **told)
+    assert model.config.temperature == expected
+
+
 # === attention ===
 
 
