@@ -425,16 +425,16 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.heads = next(heads for heads in range(max(1, channels // 48), 0, -1) if channels % heads == 0)
-        self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.out = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, 3, self.heads, c // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B heads HW C/heads]
-        weights = (q @ k.mT * (c // self.heads) ** -0.5).softmax(-1)  # PyTorch's fused one trains slower on a CPU
-        return x + self.out((weights @ v).transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2))
+        q, k, v = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # each [B heads HW C/heads]; PyTorch's fused attention trains slower on a CPU, but keeps no weights HW x HW
+        mixed = F.scaled_dot_product_attention(q, k, v) if h * w > 1024 else \
+            (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return x + self.out(mixed.transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2))
 
 
 class Muon(torch.optim.AdamW):
@@ -1406,8 +1406,8 @@ class Images:
                         len(self.train))
 
     def describe(self) -> str:
-        train, test = map(len, (self.train, self.test))
-        return f"{self.title}: {train} training and {test} test images of {self.train.shape[-1]} pixels"
+        train, test = self.train, self.test
+        return f"{self.title}: {len(train)} training and {len(test)} test images of {train.shape[-1]} pixels"
 
     def plan(self, config: RunConfig) -> tuple[int, int]:
         """(batch size, steps per epoch): an epoch is as many whole batches as there are."""

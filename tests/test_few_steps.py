@@ -69,11 +69,11 @@ def test_temperature_is_as_asked_else_what_suits_the_pictures(channels, objectiv
 # === attention ===
 
 
-@pytest.mark.parametrize("channels, heads", [(32, 1), (128, 2)])
-def test_attention_is_that_of_pytorch(channels, heads):
+@pytest.mark.parametrize("channels, heads, height", [(32, 1, 5), (128, 2, 5), (32, 1, 160)])
+def test_attention_is_that_of_pytorch(channels, heads, height):
     torch.manual_seed(0)
-    layer, x = noisy_weights(ig.SelfAttention(channels)), torch.randn(3, channels, 5, 7)
-    qkv = layer.qkv(layer.norm(x)).reshape(3, 3, heads, channels // heads, 35)
+    layer, x = noisy_weights(ig.SelfAttention(channels)), torch.randn(3, channels, height, 7)
+    qkv = layer.qkv(layer.norm(x)).reshape(3, 3, heads, channels // heads, 7 * height)
     mixed = nn.functional.scaled_dot_product_attention(*qkv.mT.unbind(1)).mT.reshape(x.shape)
     assert layer.heads == heads
     torch.testing.assert_close(layer(x), x + layer.out(mixed), rtol=1e-5, atol=1e-5)
