@@ -12,8 +12,9 @@ Results are merged into one JSON file, with Markdown tables of the same name bes
 FID against minutes: `train` is always replaced as a whole (its ratios hold within one run), `sample` and `quality`
 contestant by contestant.
 
-Contestants. All train on the same batch size from images in memory, with gradients clipped to norm 1; none pays for
-a data loader (the peers' own would read image files), for progress bars or for logging.
+Contestants. All train from images in memory with gradients clipped to norm 1; for speed on the same batch size, for
+quality on that of their own recipe (the peers' examples take 16) unless --batch_size is given. None pays for a data
+loader (the peers' own would read image files), for progress bars or for logging.
     ours               image_gen.py in its default settings, a diffusion model: class-conditional, bfloat16 where the
                        CPU has it
     ours-gan, ours-vae its other families, by their defaults as well
@@ -28,8 +29,8 @@ a data loader (the peers' own would read image files), for progress bars or for 
     ours-float32       ours without its bfloat16
 Quality: one process for each; the first 4 % of the minutes measure the speed, to which learning-rate schedules that
 need a length are fitted. After an eighth, a quarter and a half of the minutes, and at their end, averaged weights draw
-and are measured, while the clock stands still: ours as by default, the peers DDIM with 50 evaluations. The time to a
-FID is that of the first of these measurements which is as low.
+and are measured, while the clock stands still: ours as by default, the peers by DDIM with --peer_evaluations. The
+time to a FID is that of the first of these measurements which is as low.
 """
 from __future__ import annotations
 
@@ -67,14 +68,16 @@ class Ours:
     def __init__(self, args: argparse.Namespace, images: ig.Images, family: str = "diffusion",
                  precision: str = "auto", **options: Any) -> None:
         world, kind = ig.World(args.device), ig.FAMILIES[family]
-        model = kind(kind.config_class(batch_size=args.batch_size, **options), images.info()).to(world.device)
+        if args.batch_size:
+            options["batch_size"] = args.batch_size
+        model = kind(kind.config_class(**options), images.info()).to(world.device)
         model.prepare(images, world.device)
         model.precision = ig.pick_precision(precision, world.device)
         self.trainer = ig.Trainer(model, images, world, HERE / "unused.pt", HERE, {})  # only fit() would write
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the Trainer's own handlers wait for fit()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.network, self.train_step, self.device = model.train(), self.trainer.train_step, world.device
-        self.batch, self.precision = args.batch_size, str(model.precision).removeprefix("torch.")
+        self.batch_size, self.precision = model.config.batch_size, str(model.precision).removeprefix("torch.")
         self.conditioning = "class" if model.labelled else "none"
         how = model.describe_sampling()
         self.samplers = ((how.get("sampler", "one pass"), how.get("network_evaluations", 1)),)
@@ -96,11 +99,11 @@ class Ours:
 class Peer:
     """What the two libraries have in common: data in memory, one optimizer step, averaged weights."""
     conditioning = "none"
-    samplers = (("ddpm", 1000), ("ddim", 50))
 
     def __init__(self, args: argparse.Namespace, images: ig.Images, network: nn.Module, bf16: bool = False,
                  channels_last: bool = False) -> None:
-        self.device, self.bf16, self.batch_size = ig.pick_device(args.device), bf16, args.batch_size
+        self.device, self.bf16, self.batch_size = ig.pick_device(args.device), bf16, args.batch_size or 16
+        self.samplers = (("ddpm", 1000), ("ddim", args.peer_evaluations))
         self.precision = "bfloat16" if bf16 else "float32"
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.network = network.to(self.device, memory_format=layout)
@@ -234,7 +237,7 @@ def enter(name: str, args: argparse.Namespace, images: ig.Images) -> tuple[Any, 
     torch.manual_seed(0)
     kind, options = CONTESTANTS[name]
     one = kind(args, images, **options)
-    return one, {"contestant": name, "precision": one.precision, "labels": one.conditioning, "batch": args.batch_size,
+    return one, {"contestant": name, "precision": one.precision, "labels": one.conditioning, "batch": one.batch_size,
                  "parameters": sum(p.numel() for p in one.network.parameters()), "threads": torch.get_num_threads()}
 
 
@@ -328,7 +331,7 @@ def train_for(runner: Any, args: argparse.Namespace, title: str, look: Callable[
     look(elapsed / 60)
     unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
     return {"minutes": elapsed / 60, "steps": f"{step} of {total} planned", "schedule": plan,
-            "images_seen": step * args.batch_size, "images_per_second": step * args.batch_size / elapsed,
+            "images_seen": step * runner.batch_size, "images_per_second": step * runner.batch_size / elapsed,
             "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
 
 
@@ -336,8 +339,8 @@ def draw_all(runner: Any, args: argparse.Namespace, title: str) -> tuple[Tensor,
     """--samples images as uint8, and the seconds that they took. The random numbers of training stay as they are."""
     (sampler, steps), started, parts = runner.samplers[-1], time.perf_counter(), []
     with ig.progress(args.samples, title, unit="image") as bar, torch.random.fork_rng():
-        for first in range(0, args.samples, 250):
-            numbers = range(first, min(first + 250, args.samples))
+        for first in range(0, args.samples, 50):  # more at once no longer fit a processor's cache: half as fast
+            numbers = range(first, min(first + 50, args.samples))
             parts.append(runner.draw(numbers, args.samples, sampler, steps).cpu())
             bar.update(len(numbers))
     drawn = torch.cat(parts)
@@ -469,7 +472,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--what", required=True, choices=tuple(DEFAULTS))
     parser.add_argument("--only", help=f"contestants, separated by commas: {', '.join(CONTESTANTS)}")
     for name, default, kind, text in (
-            ("batch_size", 64, ig.number(int, 1), "images per training step"),
+            ("batch_size", None, ig.number(int, 1), "images per training step; for speed 64, for quality each its own"),
             ("rounds", 5, ig.number(int, 1), "turns of every contestant"),
             ("seconds", 10.0, ig.number(float, 0), "train: length of a turn, at least two steps"),
             ("warmup", 3, ig.number(int, 0), "train: steps before the first turn"),
@@ -478,6 +481,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             ("minutes", 10.0, ig.number(float, 0, open_low=True), "quality: wall-clock minutes of training"),
             ("samples", 2000, ig.number(int, 2, 10_000), "quality: images drawn, and test images beside them"),
             ("looks", 4, ig.number(int, 1, 4), "quality: the last so many of the four measurements of each"),
+            ("peer_evaluations", 50, ig.number(int, 2, 1000), "evaluations of the peers' DDIM"),
             ("peer_learning_rate", None, ig.number(float, 0, open_low=True), "quality: instead of the peers' own 1e-4"),
             ("threads", 2, ig.number(int, 1), "of PyTorch"),
             ("device", "cpu", str, "auto, cpu, cuda, cuda:N"),
@@ -485,7 +489,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             ("classifier", HERE.parent / "image_gen/pretrained/classifier_mnist.pt", Path, "quality: feature net"),
             ("out", HERE / "results/image_gen_peers.json", Path, "results")):
         parser.add_argument(f"--{name}", default=default, type=kind, help=f"{text} (default {default})")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.what != "quality":
+        args.batch_size = args.batch_size or 64
+    return args
 
 
 def check(args: argparse.Namespace) -> None:
