@@ -38,6 +38,7 @@ import argparse
 import contextlib
 import copy
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -390,8 +391,9 @@ def draw_quality(entries: dict[str, dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, entry in entries.items():
         axis.plot([p["minutes"] for p in entry["curve"]], [p["fid"] for p in entry["curve"]], marker="o", label=name)
-    floors = [entry["fid_floor"] for entry in entries.values()]
-    axis.axhline(floors[-1], color="black", ls="--", label=f"real training images {floors[-1]:.2f}")
+    for (samples, floor), style in zip(sorted({(e["samples"], e["fid_floor"]) for e in entries.values()}),
+                                       itertools.cycle((":", "--", "-.")), strict=False):  # fewer samples: higher
+        axis.axhline(floor, color="black", ls=style, label=f"{samples:,} real training images {floor:.2f}")
     axis.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="FID by the features of mnist_cnn",
              title="MNIST from scratch: FID against wall-clock time")
     axis.grid(alpha=0.3, which="both")
