@@ -61,8 +61,10 @@ def run_family(family: str, args: argparse.Namespace, images: ig.Images, net: ig
     reference = net(images.test[ig.some_rows(images.test, args.samples)])
     floors, _ = ig.measure(net(images.train[ig.some_rows(images.train, args.samples)]), reference, net)
     torch.manual_seed(0)
-    drawing = {"guidance": args.guidance, "temperature": args.temperature} if family == "diffusion" else {}
-    runner, curve = Ours(args, images, family, flip="on", **drawing), []
+    # guidance matters here as it does not for digits, and so does what it draws away from: images without labels
+    options = {"guidance": args.guidance, "temperature": args.temperature, "label_dropout": 0.1} \
+        if family == "diffusion" else {}
+    runner, curve = Ours(args, images, family, flip="on", **options), []
     labels = ig.proportional_labels(images.info(), args.samples, runner.network.labelled)
     strips = list(torch.arange(100).split(STRIP)) if labels is None else [
         (labels == k).nonzero().flatten()[:STRIP] for k in range(len(images.classes))]
@@ -82,7 +84,7 @@ def run_family(family: str, args: argparse.Namespace, images: ig.Images, net: ig
     runner.trainer.checkpoint = args.out.with_name(f"{args.out.stem}_{family}.pt")
     runner.trainer.fresh = False  # there is no metrics.jsonl beside it
     runner.trainer.save()
-    return trained | drawing | {"checkpoint": runner.trainer.checkpoint.name, "curve": curve,
+    return trained | options | {"checkpoint": runner.trainer.checkpoint.name, "curve": curve,
                       "parameters": sum(p.numel() for p in runner.network.parameters()),
                       "precision": runner.precision, "batch": args.batch_size, "samples": args.samples,
                       "floor": {key: floors[f"{key}_{net.name}"] for key in ("fid", "is", "kid")},

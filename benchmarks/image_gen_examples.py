@@ -43,7 +43,7 @@ class Example:
     """What both examples have in common."""
 
     def __init__(self, batch: int, images: ig.Images, bf16: bool = False) -> None:
-        self.batch, self.bf16, self.images = batch, bf16, images.train
+        self.batch_size, self.bf16, self.images = batch, bf16, images.train
         self.precision = "bfloat16" if bf16 else "float32"
 
     def cast(self) -> Any:
@@ -51,7 +51,7 @@ class Example:
 
     def pixels(self) -> Tensor:
         """A random batch [B 1 28 28] in [0, 1]."""
-        return self.images[torch.randint(len(self.images), (self.batch,))].float().div_(255)
+        return self.images[torch.randint(len(self.images), (self.batch_size,))].float().div_(255)
 
 
 class Dcgan(Example):
@@ -74,11 +74,11 @@ class Dcgan(Example):
 
     def train_step(self) -> None:
         real = F.interpolate(self.pixels(), size=(self.side, self.side)) * 2 - 1  # cheaper than its loader's resizing
-        yes, no = torch.ones(self.batch), torch.zeros(self.batch)
+        yes, no = torch.ones(self.batch_size), torch.zeros(self.batch_size)
         loss = F.binary_cross_entropy_with_logits
         self.discriminator.zero_grad()
         with self.cast():
-            fake = self.generator(torch.randn(self.batch, 100, 1, 1))
+            fake = self.generator(torch.randn(self.batch_size, 100, 1, 1))
             on_real = self.discriminator(real).float()
         loss(on_real, yes).backward()
         with self.cast():
@@ -116,7 +116,7 @@ class Vae(Example):
 
         def endless() -> Any:
             while True:
-                yield from torch.utils.data.DataLoader(Pictures(), self.batch, shuffle=True, drop_last=True)
+                yield from torch.utils.data.DataLoader(Pictures(), self.batch_size, shuffle=True, drop_last=True)
 
         return endless()
 
@@ -174,8 +174,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     torch.manual_seed(0)
     images = random_images()
     entrants = contestants(images, args.only)
-    entries = {name: {"precision": one.precision, "parameters": size(one.network), "batch": one.batch, "against": ours,
-                      "rounds": []} for name, (one, ours) in entrants.items()}
+    entries = {name: {"precision": one.precision, "parameters": size(one.network), "batch": one.batch_size,
+                      "against": ours, "rounds": []} for name, (one, ours) in entrants.items()}
     for one, _ in entrants.values():
         for _ in range(3):
             one.train_step()
@@ -184,7 +184,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
             spent: list[float] = []
             while len(spent) < 2 or sum(spent) < args.seconds:
                 spent.append(seconds_of(one.train_step))
-            entries[name]["rounds"].append(len(spent) * one.batch / sum(spent))
+            entries[name]["rounds"].append(len(spent) * one.batch_size / sum(spent))
         print(f"turn {turn + 1} of {args.rounds}", file=sys.stderr)
     for entry in entries.values():
         entry["images_per_second"] = statistics.median(entry["rounds"])

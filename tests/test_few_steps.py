@@ -93,7 +93,7 @@ def test_orthogonal_matrix_has_singular_values_near_one(shape):
     assert found.shape == shape
     aligned = torch.linalg.diagonal(left.mT @ found @ right.mT)
     large, tiny = values > norm / 200, values < norm / 2000
-    assert (aligned[large] > 0.4).all() and torch.linalg.svdvals(found).max() < 1.6
+    assert (aligned[large] > 0.45).all() and torch.linalg.svdvals(found).max() < 1.55
     assert tiny.any() and aligned[tiny].abs().max() < 0.15
     assert ig.orthogonal(torch.zeros(shape)).isfinite().all()
 
@@ -103,7 +103,7 @@ def optimizer_of(matrices, others):
 
 
 def newton_schulz_of_torch(x):
-    """Five steps with the same factors."""
+    """Five steps with the same factors, where the script takes three with others."""
     x = x.bfloat16() / x.norm(dim=(1, 2), keepdim=True)
     for _ in range(5):
         gram = x @ x.mT
