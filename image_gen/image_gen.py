@@ -22,6 +22,7 @@ References
     [Jordan24] Jordan et al.: Muon: An Optimizer for Hidden Layers in Neural Networks, 2024
     [Song23]   Song, Dhariwal, Chen, Sutskever: Consistency Models, 2023
     [Geng24]   Geng, Pokle, Luo, Lin, Kolter: Consistency Models Made Easy, 2024
+    [Karras24] Karras et al.: Guiding a Diffusion Model with a Bad Version of Itself, 2024
     [Esser24]  Esser et al.: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024
     [Burda16]  Burda, Grosse, Salakhutdinov: Importance Weighted Autoencoders, 2016
     [Kingma14] Kingma, Welling: Auto-Encoding Variational Bayes, 2014
@@ -546,8 +547,9 @@ SAMPLERS = {"ddim": sample_ddim, "dpm++": sample_dpm, "consistency": sample_cons
 
 
 DIFFUSION_RECIPES = {  # what suits each objective, flow and consistency, where the user does not say
-    "epochs": (3, 1), "batch_size": (48, 64), "learning_rate": (2e-3, 5e-4), "muon_rate": (0.02, 0.005),
-    "weight_decay": (0.01, 0.0), "warmup_steps": (50, 20), "steps": (8, 2), "sampler": ("dpm++", "consistency")}
+    "epochs": (2, 1), "batch_size": (48, 64), "learning_rate": (2e-3, 5e-4), "muon_rate": (0.02, 0.005),
+    "weight_decay": (0.01, 0.0), "warmup_steps": (50, 20), "steps": (8, 2), "sampler": ("dpm++", "consistency"),
+    "contrast": (0.3, 0.0)}
 OBJECTIVES = ("flow", "consistency")
 
 
@@ -579,8 +581,10 @@ class DiffusionConfig(RunConfig):
     steps: int | None = recipe("steps", "sampling", "sampling steps, one evaluation each", number(int, 1, TIMESTEPS))
     guidance: float = option(1.0, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none, other values "
                              "double the work", number(float, 0, 100))
+    contrast: float | None = recipe("contrast", "sampling", "guidance away from a normal distribution of each class "
+                                    "[Karras24]; costs no evaluation", number(float, 0, 100))
     temperature: float | None = option(None, "sampling", "factor of the starting noise (default: 1 in colour, else "
-                                       "0.93; consistency: 1.1)", number(float, 0, 10))
+                                       "0.96; consistency: 1.1)", number(float, 0, 10))
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -743,24 +747,56 @@ class DiffusionModel(FlowModel, ImageModel):
     """A `FlowModel` of images, or what consistency tuning made of one."""
     config_class = DiffusionConfig
     fixed = {"schedule": (None, "straight")}
-    older = {"muon_rate": 0.0, "temperature": 1.0}
+    older = {"muon_rate": 0.0, "contrast": 0.0, "temperature": 1.0}
 
     def __init__(self, config: DiffusionConfig, data: DataInfo) -> None:
         if config.temperature is None:  # in colour less noise is less light and shade
-            usual = 1.0 if data.channels > 1 else 0.93 if config.objective == "flow" else 1.1
+            usual = 1.0 if data.channels > 1 else 0.96 if config.objective == "flow" else 1.1
             config = dataclasses.replace(config, temperature=usual)
         super().__init__(config, data)
         if data.image_size % 2 ** config.levels:
             raise UserError(f"images of {data.image_size} pixels can't be halved --levels {config.levels} times: "
                             f"use an --image_size divisible by {2 ** config.levels}, or fewer levels", 2)
         self.build(data.channels, len(data.classes))
+        pixels = data.channels * data.image_size ** 2
+        self.register_buffer("means", torch.zeros(self.classes + 1, pixels))  # of each class; the last: of all
+        self.register_buffer("axes", torch.zeros(pixels, min(pixels, 256)))  # principal ones within the classes, and
+        self.register_buffer("variances", torch.zeros(self.axes.shape[1]))  # what lies along them
 
     def prepare(self, data: Any, device: torch.device) -> None:
-        """Start from the averaged weights of --init."""
+        """Start from the averaged weights of --init. Take the statistics that --contrast needs."""
         if self.config.init:
             self.load_state_dict(self.teacher().state_dict())
         elif self.config.objective == "consistency":
             raise UserError("--objective consistency tunes a trained diffusion model: name its file with --init", 2)
+        rows = some_rows(data.train, 10_000)
+        pictures, labels = to_float(data.train[rows]).flatten(1), data.train_labels[rows]
+        members = F.one_hot(labels, len(self.means)).float()  # nobody is in the last, for pictures without label
+        means = (members.T @ pictures + pictures.mean(0)) / (members.sum(0)[:, None] + 1)
+        with torch.random.fork_rng():
+            _, scales, axes = torch.pca_lowrank(pictures - members @ means, min(*self.axes.shape, len(rows)), False)
+        self.means.copy_(means)
+        self.axes[:, :len(scales)], self.variances[:len(scales)] = axes, scales.square() / len(rows)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *others: Any) -> None:
+        if prefix + "means" not in state and self.config.contrast:
+            say("the file is older than --contrast and lacks the statistics: drawing without it")
+            self.config = dataclasses.replace(self.config, contrast=0.0)
+        for name in ("means", "axes", "variances"):
+            state.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state, prefix, *others)
+
+    def guided(self, x: Tensor, times: Tensor, labels: Tensor, scale: float) -> Tensor:
+        """Led away, too, from the exact flow of a normal distribution of the class: the errors of so much worse a model
+        lie on the way of this one's own ([Karras24])."""
+        flow = super().guided(x, times, labels, scale)
+        if not self.config.contrast or not self.variances.any():
+            return flow
+        (alpha, sigma), means = (s[times][:, None] for s in (self.alphas, self.sigmas)), self.means[labels]
+        gains = alpha * self.variances / (alpha ** 2 * self.variances + sigma ** 2)
+        picture = means + (((x.flatten(1) - alpha * means) @ self.axes) * gains) @ self.axes.T
+        worse = (x - (alpha + sigma)[:, :, None, None] * picture.view_as(x)) / sigma[:, :, None, None]
+        return flow + self.config.contrast * (flow - worse)
 
     def teacher(self) -> DiffusionModel:
         """The frozen model in --init, read when it is needed first; no part of the checkpoint."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a model and write weights, pictures and measurements. First run: sets up (env.sh), downloads MNIST.
 #
-#   ./train.sh                     3 epochs on MNIST -> models/, results/
+#   ./train.sh                     2 epochs on MNIST -> models/, results/
 #   ./train.sh --resume            every flag works here; --help lists them
 #   EPOCHS=5 SEED=1 ./train.sh     variables are the flags in capitals; a flag wins over its variable
 #   NPROC=2 ./train.sh             data-parallel: as many processes on this machine, one per GPU

@@ -54,16 +54,91 @@ def write_model(path: str, model, **config) -> Path:
     return Path(path)
 
 
-# === temperature ===
+# === temperature and contrast ===
 
 
 @pytest.mark.parametrize("channels, objective, given, expected", [
-    (1, "flow", None, 0.93), (3, "flow", None, 1.0), (1, "consistency", None, 1.1), (3, "consistency", None, 1.0),
-    (3, "flow", 0.0, 0.0), (1, "flow", 1.2, 1.2)])
-def test_temperature_is_as_asked_else_what_suits_the_pictures(channels, objective, given, expected):
-    told = {} if given is None else {"temperature": given}
-    model = build("diffusion", dataclasses.replace(INFO, channels=channels), objective=objective, **told)
-    assert model.config.temperature == expected
+    (1, "flow", {}, (0.96, 0.3)), (3, "flow", {}, (1.0, 0.3)), (1, "consistency", {}, (1.1, 0.0)),
+    (3, "consistency", {}, (1.0, 0.0)), (1, "flow", {"temperature": 0.0}, (0.0, 0.3)),
+    (1, "flow", {"contrast": 0.0}, (0.96, 0.0)), (1, "consistency", {"temperature": 1.2, "contrast": 1.0}, (1.2, 1.0))])
+def test_temperature_and_contrast_are_as_asked_else_what_suits(channels, objective, given, expected):
+    info = dataclasses.replace(INFO, channels=channels)
+    config = build("diffusion", info, objective=objective, **given).config
+    assert (config.temperature, config.contrast) == expected
+
+
+def prepared(images, **options):
+    torch.manual_seed(0)
+    model = build("diffusion", images.info(), **options)
+    model.prepare(images, CPU)
+    return model
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("t", [100, 500, 990])
+def test_contrast_leads_away_from_the_best_linear_guess_of_the_flow(t, labelled):
+    """The best linear guess is the one whose errors have no mean, in any class, and nothing to do with what is seen."""
+    images = ig.load_digits()
+    model = prepared(images, contrast=1.0)  # its network says 0 as yet, so that guided() is minus the guess
+    pictures, labels = ig.to_float(images.train).repeat(20, 1, 1, 1), images.train_labels.repeat(20)
+    shown = labels if labelled else torch.full_like(labels, 10)
+    means = model.means[shown]
+    if not labelled:  # as far as the covariance within the classes tells
+        pictures = pictures - (model.means[labels] - means).view_as(pictures)
+    times = torch.full_like(labels, t)
+    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(1))
+    alpha, sigma = model.alphas[t], model.sigmas[t]
+    x = alpha * pictures + sigma * noise
+    seen, flow = x.flatten(1) - alpha * means, (noise - pictures).flatten(1)
+    with torch.no_grad():
+        error = flow + model.guided(x, times, shown, 1.0).flatten(1)
+    together, before = (seen.T @ some / len(seen) for some in (error, flow))
+    assert together.abs().max() < 0.03 < 0.05 * before.abs().max() + 0.02
+    for k in range(10):
+        assert error[labels == k].mean(0).abs().max() < 0.1
+    assert error.square().mean() < flow.square().mean()
+
+
+def test_without_contrast_or_statistics_the_flow_is_the_networks():
+    images, x = ig.load_digits(), torch.randn(3, 1, 8, 8)
+    times, labels = torch.tensor([1, 400, 1000]), torch.tensor([2, 5, 10])
+    models = prepared(images, contrast=0.0), build("diffusion", images.info(), contrast=1.0), prepared(images)
+    flows = [noisy_weights(model).guided(x, times, labels, 1.0) for model in models]
+    assert torch.equal(flows[0], flows[1]) and not torch.allclose(flows[0], flows[2], atol=0.01)
+
+
+def test_statistics_are_those_of_the_training_images_and_leave_the_random_numbers_alone():
+    images = ig.load_digits()
+    pictures, labels = ig.to_float(images.train).flatten(1), images.train_labels
+    model = build("diffusion", images.info())
+    state = torch.get_rng_state()
+    model.prepare(images, CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+    means = torch.stack([pictures[labels == k].mean(0) for k in range(10)])
+    torch.testing.assert_close(model.means, torch.cat([means, pictures.mean(0, keepdim=True)]), rtol=0, atol=0.02)
+    covariance = torch.cov((pictures - means[labels]).T, correction=0)
+    torch.testing.assert_close(model.axes * model.variances @ model.axes.T, covariance, rtol=0, atol=0.01)
+    torch.testing.assert_close(model.axes.T @ model.axes, torch.eye(64), rtol=0, atol=1e-4)
+
+
+def test_statistics_of_fewer_images_than_axes_are_finite():
+    images = ig.load_digits()
+    few = dataclasses.replace(images, train=images.train[:5], train_labels=images.train_labels[:5])
+    model = prepared(few)
+    assert (model.variances > 0).sum() <= 5 and model.variances.any()
+    with torch.no_grad():
+        drawn = model.sample(torch.tensor([0, 9]), ig.Noise(0, range(2), CPU))  # of one of them it saw no picture
+    assert torch.isfinite(drawn).all()
+
+
+def test_file_from_before_contrast_is_drawn_from_without_it(capsys):
+    model = noisy_weights(build("diffusion", INFO))
+    state = ig.load_checkpoint(write_model("old.pt", model, contrast=...))
+    for name in ("means", "axes", "variances"):
+        del state["ema"][name]
+    assert ig.restore_model(state).config.contrast == 0 and "contrast" not in capsys.readouterr().out
+    assert ig.restore_model(state, contrast=0.3).config.contrast == 0
+    assert "older than --contrast" in capsys.readouterr().out
 
 
 # === attention ===
@@ -244,7 +319,7 @@ def test_tuning_starts_from_the_averaged_weights_and_never_moves_them():
     model = build("diffusion", DIGITS.info(), **CONSISTENT)
     model.prepare(DIGITS, CPU)
     state = ig.load_checkpoint(Path("flow.pt"))["ema"]
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in model.named_parameters())
     assert not any(name.startswith("frozen") for name in model.state_dict())
     ok(*TUNING, "--init", "flow.pt", "--batch_size", 280, "--num_samples", 2)
     saved = ig.load_checkpoint(Path("model.pt"))
