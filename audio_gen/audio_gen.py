@@ -1727,7 +1727,7 @@ class FlowModel(Family):
     def describe_sampling(self) -> dict[str, Any]:
         steps, guided = len(self.times()), self.classes > 0 and self.config.guidance != 1
         return {"sampler": self.config.sampler, "steps": steps, "guidance": self.config.guidance,
-                "network_evaluations": steps * (1 + guided)}
+                "temperature": self.config.temperature, "network_evaluations": steps * (1 + guided)}
 
 
 class SoundDiffusion(FlowModel, ShortSoundFamily):

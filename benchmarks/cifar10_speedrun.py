@@ -103,7 +103,7 @@ def draw_curves(families: dict[str, dict], title: str, path: Path) -> None:
     axis.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel="FID by our classifier's features",
              title=title)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     with ig.replacing(path) as part:
         figure.savefig(part, format="png", dpi=110)
     plt.close(figure)

@@ -740,7 +740,7 @@ class FlowModel(Family):
     def describe_sampling(self) -> dict[str, Any]:
         steps, guided = len(self.times()), self.classes > 0 and self.config.guidance != 1
         return {"sampler": self.config.sampler, "steps": steps, "guidance": self.config.guidance,
-                "network_evaluations": steps * (1 + guided)}
+                "temperature": self.config.temperature, "network_evaluations": steps * (1 + guided)}
 
 
 class DiffusionModel(FlowModel, ImageModel):
@@ -797,6 +797,9 @@ class DiffusionModel(FlowModel, ImageModel):
         picture = means + (((x.flatten(1) - alpha * means) @ self.axes) * gains) @ self.axes.T
         worse = (x - (alpha + sigma)[:, :, None, None] * picture.view_as(x)) / sigma[:, :, None, None]
         return flow + self.config.contrast * (flow - worse)
+
+    def describe_sampling(self) -> dict[str, Any]:
+        return super().describe_sampling() | {"contrast": self.config.contrast}
 
     def teacher(self) -> DiffusionModel:
         """The frozen model in --init, read when it is needed first; no part of the checkpoint."""
