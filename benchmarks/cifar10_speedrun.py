@@ -61,8 +61,9 @@ def run_family(family: str, args: argparse.Namespace, images: ig.Images, net: ig
     reference = net(images.test[ig.some_rows(images.test, args.samples)])
     floors, _ = ig.measure(net(images.train[ig.some_rows(images.train, args.samples)]), reference, net)
     torch.manual_seed(0)
-    # guidance matters here as it does not for digits, and so does what it draws away from: images without labels
-    options = {"guidance": args.guidance, "temperature": args.temperature, "label_dropout": 0.1} \
+    # guidance matters here as it does not for digits, and so does what it draws away from: images without labels;
+    # with contrast beside it, it is too much
+    options = {"guidance": args.guidance, "temperature": args.temperature, "label_dropout": 0.1, "contrast": 0.0} \
         if family == "diffusion" else {}
     runner, curve = Ours(args, images, family, flip="on", **options), []
     labels = ig.proportional_labels(images.info(), args.samples, runner.network.labelled)

@@ -760,8 +760,9 @@ class DiffusionModel(FlowModel, ImageModel):
         self.build(data.channels, len(data.classes))
         pixels = data.channels * data.image_size ** 2
         self.register_buffer("means", torch.zeros(self.classes + 1, pixels))  # of each class; the last: of all
-        self.register_buffer("axes", torch.zeros(pixels, min(pixels, 256)))  # principal ones within the classes, and
-        self.register_buffer("variances", torch.zeros(self.axes.shape[1]))  # what lies along them
+        kept = max(1, min(pixels, 256, 1_000_000 // pixels))  # fewer of large pictures: a file should stay small
+        self.register_buffer("axes", torch.zeros(pixels, kept))  # the principal ones within the classes, and
+        self.register_buffer("variances", torch.zeros(kept))  # what lies along them
 
     def prepare(self, data: Any, device: torch.device) -> None:
         """Start from the averaged weights of --init. Take the statistics that --contrast needs."""
@@ -769,14 +770,17 @@ class DiffusionModel(FlowModel, ImageModel):
             self.load_state_dict(self.teacher().state_dict())
         elif self.config.objective == "consistency":
             raise UserError("--objective consistency tunes a trained diffusion model: name its file with --init", 2)
-        rows = some_rows(data.train, 10_000)
-        pictures, labels = to_float(data.train[rows]).flatten(1), data.train_labels[rows]
-        members = F.one_hot(labels, len(self.means)).float()  # nobody is in the last, for pictures without label
-        means = (members.T @ pictures + pictures.mean(0)) / (members.sum(0)[:, None] + 1)
+        labels, sums = data.train_labels, torch.zeros(self.means.shape)
+        for rows in torch.arange(len(labels)).split(1000):
+            sums.index_add_(0, labels[rows], to_float(data.train[rows]).flatten(1))
+        counts = torch.bincount(labels, minlength=len(sums))[:, None]
+        means = (sums + sums.sum(0) / len(labels)) / (counts + 1)  # nobody is in the last, for pictures without label
+        rows = some_rows(data.train, max(2, min(10_000, 30_000_000 // sums.shape[1])))
+        rest = to_float(data.train[rows]).flatten(1) - means[labels[rows]]
         with torch.random.fork_rng():
-            _, scales, axes = torch.pca_lowrank(pictures - members @ means, min(*self.axes.shape, len(rows)), False)
+            _, scales, axes = torch.pca_lowrank(rest, min(*self.axes.shape, len(rest)), center=False)
         self.means.copy_(means)
-        self.axes[:, :len(scales)], self.variances[:len(scales)] = axes, scales.square() / len(rows)
+        self.axes[:, :len(scales)], self.variances[:len(scales)] = axes, scales.square() / len(rest)
 
     def _load_from_state_dict(self, state: dict, prefix: str, *others: Any) -> None:
         if prefix + "means" not in state and self.config.contrast:

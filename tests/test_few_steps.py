@@ -121,6 +121,14 @@ def test_statistics_are_those_of_the_training_images_and_leave_the_random_number
     torch.testing.assert_close(model.axes.T @ model.axes, torch.eye(64), rtol=0, atol=1e-4)
 
 
+def test_statistics_of_large_pictures_stay_small():
+    pixels = torch.randint(0, 256, (6, 3, 256, 256), dtype=torch.uint8)
+    labels = torch.zeros(6, dtype=torch.long)
+    images = ig.Images("folder", pixels, labels, pixels[:1], labels[:1], ["a"], "a")
+    model = prepared(images)
+    assert model.axes.numel() <= 1_000_000 and model.means.shape == (1, 3 * 256 * 256) and model.variances.all()
+
+
 def test_statistics_of_fewer_images_than_axes_are_finite():
     images = ig.load_digits()
     few = dataclasses.replace(images, train=images.train[:5], train_labels=images.train_labels[:5])
