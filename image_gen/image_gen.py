@@ -818,7 +818,7 @@ class DiffusionModel(FlowModel, ImageModel):
             held, needed = about(model, getattr(model.config, "objective", "-")), about(self, "flow")
             if held != needed:
                 raise UserError(f"--init {self.config.init} holds a {held}, needed is a {needed}: name another", 2)
-            model.precision = self.precision
+            model.precision, model.config = self.precision, dataclasses.replace(model.config, contrast=0.0)
             self.__dict__["frozen"] = [model.to(self.alphas.device).eval().requires_grad_(False)]  # no sub-module
         return self.frozen[0]
 

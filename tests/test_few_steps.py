@@ -328,6 +328,7 @@ def test_tuning_starts_from_the_averaged_weights_and_never_moves_them():
     model.prepare(DIGITS, CPU)
     state = ig.load_checkpoint(Path("flow.pt"))["ema"]
     assert all(torch.equal(value, state[name]) for name, value in model.named_parameters())
+    assert model.teacher().config.contrast == 0  # its guidance is what is learned
     assert not any(name.startswith("frozen") for name in model.state_dict())
     ok(*TUNING, "--init", "flow.pt", "--batch_size", 280, "--num_samples", 2)
     saved = ig.load_checkpoint(Path("model.pt"))
