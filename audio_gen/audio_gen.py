@@ -4870,7 +4870,7 @@ def remembered(given: dict[str, Any], state: dict, path: Path, mode: str) -> dic
     """What the run that is continued was told, unless it may change half-way; for a look at a model, its data."""
     known = {n: f for n, f in flags("train", state["family"]).items()
              if mode == "train" or n in FAMILIES[state["family"]].remembered}
-    run = state.get("run", {"dataset": state["data"]["dataset"]}) | state["config"]
+    run = FAMILIES[state["family"]].older | state.get("run", {"dataset": state["data"]["dataset"]}) | state["config"]
     run = {name: Path(value) if value is not None and known[name].metadata["type"] is Path else value
            for name, value in run.items() if name in known and (mode == "train" or value is not None)}
     for name, value in given.items():

@@ -784,8 +784,7 @@ class DiffusionModel(FlowModel, ImageModel):
 
     def _load_from_state_dict(self, state: dict, prefix: str, *others: Any) -> None:
         if prefix + "means" not in state and self.config.contrast:
-            say("the file is older than --contrast and lacks the statistics: drawing without it")
-            self.config = dataclasses.replace(self.config, contrast=0.0)
+            raise UserError("--contrast: this file is older than it and lacks the statistics: leave it out", 2)
         for name in ("means", "axes", "variances"):
             state.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state, prefix, *others)
@@ -2735,7 +2734,7 @@ def remembered(given: dict[str, Any], state: dict, path: Path, mode: str) -> dic
     """What the run that is continued was told, unless it may change half-way; for a look at a model, its data."""
     known = {n: f for n, f in flags("train", state["family"]).items()
              if mode == "train" or n in FAMILIES[state["family"]].remembered}
-    run = state.get("run", {"dataset": state["data"]["dataset"]}) | state["config"]
+    run = FAMILIES[state["family"]].older | state.get("run", {"dataset": state["data"]["dataset"]}) | state["config"]
     run = {name: Path(value) if value is not None and known[name].metadata["type"] is Path else value
            for name, value in run.items() if name in known and (mode == "train" or value is not None)}
     for name, value in given.items():

@@ -93,7 +93,7 @@ def test_contrast_leads_away_from_the_best_linear_guess_of_the_flow(t, labelled)
     with torch.no_grad():
         error = flow + model.guided(x, times, shown, 1.0).flatten(1)
     together, before = (seen.T @ some / len(seen) for some in (error, flow))
-    assert together.abs().max() < 0.03 < 0.05 * before.abs().max() + 0.02
+    assert together.abs().max() < 0.03 and before.abs().max() > 0.2
     for k in range(10):
         assert error[labels == k].mean(0).abs().max() < 0.1
     assert error.square().mean() < flow.square().mean()
@@ -139,14 +139,19 @@ def test_statistics_of_fewer_images_than_axes_are_finite():
     assert torch.isfinite(drawn).all()
 
 
-def test_file_from_before_contrast_is_drawn_from_without_it(capsys):
-    model = noisy_weights(build("diffusion", INFO))
-    state = ig.load_checkpoint(write_model("old.pt", model, contrast=...))
+def test_file_from_before_contrast_is_drawn_from_and_resumed_without_it():
+    args = ("--model", "diffusion", "--dataset", "digits", *SMALL[2:6], *COMMON)
+    ok(*args, "--batch_size", 280, "--num_samples", 2)
+    state = ig.load_checkpoint(Path("model.pt"))
+    del state["config"]["contrast"]
     for name in ("means", "axes", "variances"):
-        del state["ema"][name]
-    assert ig.restore_model(state).config.contrast == 0 and "contrast" not in capsys.readouterr().out
-    assert ig.restore_model(state, contrast=0.3).config.contrast == 0
-    assert "older than --contrast" in capsys.readouterr().out
+        del state["ema"][name], state["model"][name]
+    ig.save_checkpoint(Path("model.pt"), state)
+    assert ig.restore_model(state).config.contrast == 0
+    ok(*INFER, "--num_samples", 2)
+    assert_error(call(*INFER, "--num_samples", 2, "--contrast", 0.3), 2, "--contrast", "older", "leave it out")
+    ok("--mode", "train", "--resume", "--epochs", state["config"]["epochs"] + 1, "--checkpoint", "model.pt")
+    assert ig.load_checkpoint(Path("model.pt"))["config"]["contrast"] == 0
 
 
 # === attention ===
