@@ -1597,6 +1597,9 @@ class FlowModel(Family):
             raise UserError(f"--channels {config.channels}: must be a multiple of 16", 2)
         widths = [config.channels * 2 ** level for level in range(config.levels)]
         self.classes = classes if classes > 1 else 0
+        if self.classes and not config.label_dropout and config.guidance != 1:
+            raise UserError(f"guidance of {config.guidance} needs a model that learned without labels too: train with "
+                            "a --label_dropout above 0, or with --guidance 1", 2)
         self.time = nn.Sequential(PositionalEncoding(config.channels), nn.Linear(config.channels, embedding), nn.SiLU(),
                                   nn.Linear(embedding, embedding))
         self.label = nn.Embedding(self.classes + 1, embedding)  # the last row stands for "no label"
@@ -4422,11 +4425,9 @@ class BetweenDrawing:
 class Subject:
     """What the machine room knows of sound."""
     format = "audio_gen/1"
-    dataset = "musdb"
-    stand_ins = ("synthetic",)
+    dataset, stand_ins = "musdb", ("synthetic",)
     preferred = ("codec", "autoencoder", "vae")  # the first sounds best by every measure (RESULTS.md)
-    unit = "clip"
-    log_every = 10
+    unit, log_every = "clip", 10
     shown = ("val_",)
     outputs = ("metrics.jsonl", "training_curves.png", "progress", "spectrogram_comparison.png", "evaluation.json",
                "audio_reconstructed_0.wav", "audio_reconstructed_1.wav", "audio_original_0.wav", "audio_original_1.wav",
@@ -4485,9 +4486,8 @@ class Subject:
         return 0
 
     def between(self, command: Command, model: Family, data: Any, world: World) -> BetweenEpochs | BetweenDrawing:
-        if isinstance(model, ShortSoundFamily):
-            return BetweenDrawing(command, model, data, world)
-        return BetweenEpochs(model, data)
+        return BetweenDrawing(command, model, data, world) if isinstance(model, ShortSoundFamily) else \
+            BetweenEpochs(model, data)
 
     def infer(self, command: Command, world: World) -> int:
         return FAMILIES[command.key].actions["infer"](command, world)

@@ -375,7 +375,6 @@ class Classifier(ImageModel):
 # === diffusion ===
 
 TIMESTEPS = 1000
-SETTLED = 0.875  # 16 grey levels from black or white
 HUBER = 0.03  # where the consistency loss turns from squared to absolute
 
 
@@ -390,6 +389,11 @@ class PositionalEncoding(nn.Module):
     def forward(self, times: Tensor) -> Tensor:
         angles = times.float()[:, None] * self.frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def settled(x: Tensor) -> Tensor:
+    """Grey pixels [B 1 H W] within 16 levels of black or white are means over images that mostly have just that."""
+    return torch.where(x.abs() > 0.875, x.sign(), x) if x.shape[1] == 1 else x
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -610,6 +614,9 @@ class FlowModel(Family):
             raise UserError(f"--channels {config.channels}: must be a multiple of 16", 2)
         widths = [config.channels * 2 ** level for level in range(config.levels)]
         self.classes = classes if classes > 1 else 0
+        if self.classes and not config.label_dropout and config.guidance != 1:
+            raise UserError(f"guidance of {config.guidance} needs a model that learned without labels too: train with "
+                            "a --label_dropout above 0, or with --guidance 1", 2)
         self.time = nn.Sequential(PositionalEncoding(config.channels), nn.Linear(config.channels, embedding), nn.SiLU(),
                                   nn.Linear(embedding, embedding))
         self.label = nn.Embedding(self.classes + 1, embedding)  # the last row stands for "no label"
@@ -813,11 +820,13 @@ class DiffusionModel(FlowModel, ImageModel):
                 return (f"{family_name(type(model))} model, --objective {objective} {size}, of {model.data.title}, "
                         f"{model.data.image_size} pixels, classes {', '.join(model.data.classes)[:60]}")
 
-            model = restore_model(load_checkpoint(Path(self.config.init)))
+            state = load_checkpoint(Path(self.config.init))
+            model = restore_model(state)
             held, needed = about(model, getattr(model.config, "objective", "-")), about(self, "flow")
             if held != needed:
                 raise UserError(f"--init {self.config.init} holds a {held}, needed is a {needed}: name another", 2)
-            model.precision, model.config = self.precision, dataclasses.replace(model.config, contrast=0.0)
+            model = restore_model(state, contrast=0.0, guidance=self.config.teacher_guidance)
+            model.precision = self.precision
             self.__dict__["frozen"] = [model.to(self.alphas.device).eval().requires_grad_(False)]  # no sub-module
         return self.frozen[0]
 
@@ -860,9 +869,8 @@ class DiffusionModel(FlowModel, ImageModel):
 
     def sample(self, labels: Tensor | None, noise: Noise,
                watch: Callable[[int, Tensor, Tensor], None] = lambda *_: None) -> Tensor:
-        x = self.draw(labels, noise, (self.data.channels, self.data.image_size, self.data.image_size), watch)
-        # a grey pixel that is black but for a trace is a mean over images in which it is black: likeliest it is
-        return torch.where(x.abs() > SETTLED, x.sign(), x) if self.data.channels == 1 else x
+        shape = self.data.channels, self.data.image_size, self.data.image_size
+        return settled(self.draw(labels, noise, shape, watch))
 
 
 # === convolutions between image and code ===
@@ -1091,7 +1099,7 @@ class VaeModel(ImageModel):
     @torch.no_grad()
     def sample(self, labels: Tensor | None, noise: Noise) -> Tensor:
         z = noise.normal(self.config.latent_dim)
-        return self.decode(z if self.prior is None else self.prior.draw(z, labels))
+        return settled(self.decode(z if self.prior is None else self.prior.draw(z, labels)))
 
 
 def over_processes(mean: Tensor) -> Tensor:
@@ -1192,7 +1200,6 @@ class GanModel(ImageModel):
         """Cross-entropy of telling which of a pair is the real one, with penalties; then (after that step) of the
         generator, which wants it told wrongly. `d_real` and `d_fake` are mean probabilities of being called real."""
         judge, labels = self.discriminator, batch.labels
-        judge.requires_grad_(True)
         with self.cast():
             fake = self.generator(batch.draw.normal(self.config.latent_dim), labels)
             real, seen = (x.detach().requires_grad_() for x in (batch.images, fake))
@@ -1231,7 +1238,7 @@ class GanModel(ImageModel):
     @torch.no_grad()
     def sample(self, labels: Tensor | None, noise: Noise) -> Tensor:
         with self.cast():
-            return self.generator(noise.normal(self.config.latent_dim), labels)
+            return settled(self.generator(noise.normal(self.config.latent_dim), labels))
 
 
 # === registry ===
@@ -2207,11 +2214,6 @@ sample_count = number(int, 1, 1_000_000)  # as many as names of six digits tell 
 
 
 @dataclass(frozen=True)
-class Nothing:
-    """No flags of its own."""
-
-
-@dataclass(frozen=True)
 class TrainSampling(MeasureOptions):
     """Flags of --mode train for a family that draws."""
     num_samples: int = option(16, "sampling", "images in each epoch's picture", number(int, 1, GRID))
@@ -2244,6 +2246,7 @@ class WhichDataset:
 
 DiffusionModel.options = VaeModel.options = GanModel.options = {
     "train": TrainSampling, "infer": InferOptions, "evaluate": MeasureOptions}
+Nothing = dataclasses.make_dataclass("Nothing", ())
 Classifier.options = {"train": Nothing, "infer": ClassifyOptions, "evaluate": Nothing}
 ImageModel.data_options = {"train": DataOptions, "infer": WhichDataset, "evaluate": DataOptions}
 ImageModel.remembered = ("dataset", "data_root", "image_size", "skip_bad")
@@ -2273,7 +2276,7 @@ class ImageSubject:
     format = "image_gen/1"
     dataset, stand_ins = "mnist", {"digits"}
     preferred = ("diffusion", "vae", "gan")  # families to look for when none is named
-    unit, log_every = "image", 25
+    unit, log_every, between = "image", 25, Between
     shown = ("val_",)
     outputs = ("metrics.jsonl", "training_loss.png", "final_samples.png", "epoch_comparisons", "evaluation.json", *(
         f"{task}.{kind}" for task in ("reconstruct", "interpolate", "traverse", "inspect", "denoise", "ood", "latent")
@@ -2303,9 +2306,6 @@ class ImageSubject:
         if world.main:
             say(f"ready: {images.describe()}")
         return 0
-
-    def between(self, command: Command, model: ImageModel, data: Images, world: World) -> Between:
-        return Between(command, model, data, world)
 
     def infer(self, command: Command, world: World) -> int:
         """--mode infer: draw images."""

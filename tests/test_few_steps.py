@@ -354,6 +354,7 @@ def differs(a: dict, b: dict) -> bool:
     (("--init", "tuned.pt"), 2, ("tuned.pt", "consistency", "flow")),
     (("--init", "other.pt"), 2, ("other.pt", "letters", "digits")),
     (("--init", "wide.pt"), 2, ("wide.pt", "channels", "32", "16")),
+    (("--init", "sure.pt"), 2, ("guidance of 1.25", "--label_dropout")),
     (("--init", "flow.pt", "--sampler", "dpm++"), 2, ("--sampler dpm++", "--objective consistency")),
     (("--init", "flow.pt", "--objective", "flow", "--sampler", "consistency"), 2, ("--sampler consistency",)),
 ])
@@ -364,6 +365,7 @@ def test_model_that_can_not_be_tuned_is_one_error(flags, code, expected):
     write_model("vae.pt", build("vae", info))
     write_model("other.pt", flow_model(dataclasses.replace(info, title="letters")))
     write_model("wide.pt", flow_model(channels=32))
+    write_model("sure.pt", flow_model(label_dropout=0.0))
     Path("text.pt").write_text("no model")
     assert_error(call(*TUNING, *flags), code, *expected)
     assert not Path("model.pt").exists()

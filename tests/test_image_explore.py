@@ -410,7 +410,7 @@ def test_watching_changes_nothing_and_sees_every_look(sampler):
     with model.cast(), torch.no_grad():
         torch.testing.assert_close(denoise(seen[1][1], seen[1][0]), seen[1][2])
     last = seen[-1][2]  # the estimate that is the image, but for traces on its black and white
-    torch.testing.assert_close(torch.where(last.abs() > ig.SETTLED, last.sign(), last), alone)
+    torch.testing.assert_close(ig.settled(last), alone)
 
 
 def test_reconstruction_figures_are_those_by_hand(models, drawn):

@@ -267,6 +267,7 @@ def test_evaluation_has_the_likelihood_of_families_that_know_it(run, place, clas
     (("--model", "gan", "--beta", "2"), 2, "vae"), (("--model", "vae", "--penalty", "1"), 2, "gan"),
     (("--model", "gan", "--no-conditional", "--label", "7"), 2, "without labels"),
     (("--model", "vae", "--conditional"), 2, "gan"),
+    (("--model", "diffusion", "--label_dropout", "0", "--guidance", "2"), 2, "--label_dropout"),
     (("--model", "diffusion", "--convs", "2"), 2, "vae or gan"), (("--model", "gan", "--convs", "-1"), 2, "--convs"),
     (("--model", "vae", "--prior", "normal", "--label", "7"), 2, "without labels"),
     (("--model", "vae", "--latent_dim", "0"), 2, "--latent_dim"), (("--model", "vae", "--beta", "-1"), 2, "--beta"),
@@ -276,6 +277,19 @@ def test_evaluation_has_the_likelihood_of_families_that_know_it(run, place, clas
 def test_wrong_flag_is_a_usage_error(flags, code, word, monkeypatch):
     monkeypatch.setattr(ig.Trainer, "train_step", lambda self: pytest.fail("training started"))
     assert_error(call("--dataset", "digits", *COMMON, *flags), code, word)
+
+
+def test_nearly_black_is_black_in_grey_pictures_alone():
+    levels = torch.tensor([-1, -0.9, -0.87, 0.0, 0.87, 0.9, 1]).view(1, 1, 1, 7)
+    assert ig.settled(levels).flatten().tolist() == pytest.approx([-1, -1, -0.87, 0, 0.87, 1, 1])
+    assert torch.equal(ig.settled(levels.expand(1, 3, 1, 7)), levels.expand(1, 3, 1, 7))
+
+
+@pytest.mark.parametrize("family", ["diffusion", "vae", "gan"])
+def test_pictures_of_every_family_are_settled(family, monkeypatch):
+    monkeypatch.setattr(ig, "settled", lambda x: torch.full_like(x, 0.25))
+    drawn = build(family, INFO).eval().sample(torch.arange(2), ig.Noise(0, range(2), CPU))
+    assert drawn.shape == (2, 1, 8, 8) and (drawn == 0.25).all()
 
 
 def test_labelled_family_draws_the_labels_that_are_asked(run, place):

@@ -322,6 +322,12 @@ def test_picture_has_its_range_and_the_way_back_sounds_alike(data):
     assert quiet.abs().max() < 1e-3
 
 
+def test_guidance_of_a_model_that_never_did_without_labels_is_an_error(data):
+    with pytest.raises(ag.UserError, match="guidance of 1.2 needs .* a --label_dropout above 0"):
+        build("diffusion", data, label_dropout=0.0)
+    build("diffusion", data, label_dropout=0.0, guidance=1.0)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_sound_i_of_a_seed_is_the_same_in_any_batch(data, guidance):
     model = build("diffusion", data, channels=16, levels=1, blocks=1, steps=3, guidance=guidance).eval()
