@@ -2246,7 +2246,7 @@ class WhichDataset:
 
 DiffusionModel.options = VaeModel.options = GanModel.options = {
     "train": TrainSampling, "infer": InferOptions, "evaluate": MeasureOptions}
-Nothing = dataclasses.make_dataclass("Nothing", ())
+Nothing = dataclasses.make_dataclass("Nothing", ())  # no flags of its own
 Classifier.options = {"train": Nothing, "infer": ClassifyOptions, "evaluate": Nothing}
 ImageModel.data_options = {"train": DataOptions, "infer": WhichDataset, "evaluate": DataOptions}
 ImageModel.remembered = ("dataset", "data_root", "image_size", "skip_bad")
