@@ -388,6 +388,7 @@ def draw_quality(entries: dict[str, dict], path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FormatStrFormatter
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, entry in entries.items():
         axis.plot([p["minutes"] for p in entry["curve"]], [p["fid"] for p in entry["curve"]], marker="o", label=name)
@@ -396,6 +397,8 @@ def draw_quality(entries: dict[str, dict], path: Path) -> None:
         axis.axhline(floor, color="black", ls=style, label=f"{samples:,} real training images {floor:.2f}")
     axis.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="FID by the features of mnist_cnn",
              title="MNIST from scratch: FID against wall-clock time")
+    for level in ("major", "minor"):  # 2, not 2 x 10^0
+        getattr(axis.xaxis, f"set_{level}_formatter")(FormatStrFormatter("%g"))
     axis.grid(alpha=0.3, which="both")
     axis.legend(frameon=False)
     with ig.replacing(path) as part:
