@@ -1597,9 +1597,6 @@ class FlowModel(Family):
             raise UserError(f"--channels {config.channels}: must be a multiple of 16", 2)
         widths = [config.channels * 2 ** level for level in range(config.levels)]
         self.classes = classes if classes > 1 else 0
-        if self.classes and not config.label_dropout and config.guidance != 1:
-            raise UserError(f"guidance of {config.guidance} needs a model that learned without labels too: train with "
-                            "a --label_dropout above 0, or with --guidance 1", 2)
         self.time = nn.Sequential(PositionalEncoding(config.channels), nn.Linear(config.channels, embedding), nn.SiLU(),
                                   nn.Linear(embedding, embedding))
         self.label = nn.Embedding(self.classes + 1, embedding)  # the last row stands for "no label"
@@ -1641,6 +1638,7 @@ class FlowModel(Family):
 
     def optimizer(self, player: nn.Module) -> torch.optim.Optimizer:
         """Muon for what lies between the first and the last layer."""
+        self.check_guidance(self.config.guidance)  # before hours are spent
         matrices, others = [], []
         for name, p in self.named_parameters():
             (others if p.ndim < 2 or name.startswith(("enter", "leave", "label")) else matrices).append(p)
@@ -1685,13 +1683,17 @@ class FlowModel(Family):
                     if len(quarter)}
         return {"val_loss": errors.mean().item()} | quarters
 
+    def check_guidance(self, scale: float) -> None:
+        if self.classes and not self.config.label_dropout and scale != 1:
+            raise UserError(f"guidance of {scale} needs training with a --label_dropout above 0: use --guidance 1", 2)
+
     def guided(self, x: Tensor, times: Tensor, labels: Tensor, scale: float) -> Tensor:
         """The flow, led away from what it would be without label ([HoSal22]); twice the work unless `scale` is 1."""
+        self.check_guidance(scale)
         if scale == 1 or not self.classes:
             return self(x, times, labels).float()
-        nothing = torch.full_like(labels, self.classes)
-        both = self(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, nothing])).float()
-        with_label, without = both.chunk(2)
+        hidden = torch.full_like(labels, self.classes)
+        with_label, without = self(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, hidden])).float().chunk(2)
         return without + scale * (with_label - without)
 
     def denoiser(self, labels: Tensor | None, count: int) -> Denoiser:
@@ -1707,7 +1709,6 @@ class FlowModel(Family):
         return denoise
 
     def times(self) -> list[int]:
-        """The timesteps at which sampling looks"""
         return self.noise_schedule.times(self.config.steps)
 
     @torch.no_grad()
@@ -4427,8 +4428,7 @@ class Subject:
     format = "audio_gen/1"
     dataset, stand_ins = "musdb", ("synthetic",)
     preferred = ("codec", "autoencoder", "vae")  # the first sounds best by every measure (RESULTS.md)
-    unit, log_every = "clip", 10
-    shown = ("val_",)
+    unit, log_every, shown = "clip", 10, ("val_",)
     outputs = ("metrics.jsonl", "training_curves.png", "progress", "spectrogram_comparison.png", "evaluation.json",
                "audio_reconstructed_0.wav", "audio_reconstructed_1.wav", "audio_original_0.wav", "audio_original_1.wav",
                "inference.json", "inference_comparison.png", "drawn_sounds.png")

@@ -614,9 +614,6 @@ class FlowModel(Family):
             raise UserError(f"--channels {config.channels}: must be a multiple of 16", 2)
         widths = [config.channels * 2 ** level for level in range(config.levels)]
         self.classes = classes if classes > 1 else 0
-        if self.classes and not config.label_dropout and config.guidance != 1:
-            raise UserError(f"guidance of {config.guidance} needs a model that learned without labels too: train with "
-                            "a --label_dropout above 0, or with --guidance 1", 2)
         self.time = nn.Sequential(PositionalEncoding(config.channels), nn.Linear(config.channels, embedding), nn.SiLU(),
                                   nn.Linear(embedding, embedding))
         self.label = nn.Embedding(self.classes + 1, embedding)  # the last row stands for "no label"
@@ -658,6 +655,7 @@ class FlowModel(Family):
 
     def optimizer(self, player: nn.Module) -> torch.optim.Optimizer:
         """Muon for what lies between the first and the last layer."""
+        self.check_guidance(self.config.guidance)  # before hours are spent
         matrices, others = [], []
         for name, p in self.named_parameters():
             (others if p.ndim < 2 or name.startswith(("enter", "leave", "label")) else matrices).append(p)
@@ -702,13 +700,17 @@ class FlowModel(Family):
                     if len(quarter)}
         return {"val_loss": errors.mean().item()} | quarters
 
+    def check_guidance(self, scale: float) -> None:
+        if self.classes and not self.config.label_dropout and scale != 1:
+            raise UserError(f"guidance of {scale} needs training with a --label_dropout above 0: use --guidance 1", 2)
+
     def guided(self, x: Tensor, times: Tensor, labels: Tensor, scale: float) -> Tensor:
         """The flow, led away from what it would be without label ([HoSal22]); twice the work unless `scale` is 1."""
+        self.check_guidance(scale)
         if scale == 1 or not self.classes:
             return self(x, times, labels).float()
-        nothing = torch.full_like(labels, self.classes)
-        both = self(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, nothing])).float()
-        with_label, without = both.chunk(2)
+        hidden = torch.full_like(labels, self.classes)
+        with_label, without = self(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, hidden])).float().chunk(2)
         return without + scale * (with_label - without)
 
     def denoiser(self, labels: Tensor | None, count: int) -> Denoiser:
@@ -724,7 +726,6 @@ class FlowModel(Family):
         return denoise
 
     def times(self) -> list[int]:
-        """The timesteps at which sampling looks"""
         return self.noise_schedule.times(self.config.steps)
 
     @torch.no_grad()
@@ -820,13 +821,11 @@ class DiffusionModel(FlowModel, ImageModel):
                 return (f"{family_name(type(model))} model, --objective {objective} {size}, of {model.data.title}, "
                         f"{model.data.image_size} pixels, classes {', '.join(model.data.classes)[:60]}")
 
-            state = load_checkpoint(Path(self.config.init))
-            model = restore_model(state)
+            model = restore_model(load_checkpoint(Path(self.config.init)))
             held, needed = about(model, getattr(model.config, "objective", "-")), about(self, "flow")
             if held != needed:
                 raise UserError(f"--init {self.config.init} holds a {held}, needed is a {needed}: name another", 2)
-            model = restore_model(state, contrast=0.0, guidance=self.config.teacher_guidance)
-            model.precision = self.precision
+            model.precision, model.config = self.precision, dataclasses.replace(model.config, contrast=0.0)
             self.__dict__["frozen"] = [model.to(self.alphas.device).eval().requires_grad_(False)]  # no sub-module
         return self.frozen[0]
 

@@ -344,6 +344,13 @@ def test_tuning_starts_from_the_averaged_weights_and_never_moves_them():
     assert_error(call(*INFER, "--sampler", "ddim"), 2, "--sampler ddim", "consistency")
 
 
+def test_file_without_hidden_labels_is_drawn_from_but_not_guided():
+    write_model("sure.pt", flow_model(label_dropout=0.0, guidance=2.0))
+    asked = ("--mode", "infer", "--checkpoint", "sure.pt", "--results_dir", "results", "--num_samples", 2)
+    assert_error(call(*asked), 2, "guidance of 2.0", "--guidance 1")
+    ok(*asked, "--guidance", 1)
+
+
 def differs(a: dict, b: dict) -> bool:
     return any(not torch.equal(a[name], b[name]) for name in a)
 

@@ -8,7 +8,7 @@ from conftest import ROOT
 NAMES = ("image_gen", "audio_gen")
 TEXTS = {name: (ROOT / name / f"{name}.py").read_text() for name in NAMES}
 TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
-LIMITS = {"image_gen": 2_865, "audio_gen": 5_001}  # lines; wanted are 1,750 and 2,100
+LIMITS = {"image_gen": 2_864, "audio_gen": 5_001}  # lines; wanted are 1,750 and 2,100
 ROOM = 500
 FIRST_OBJECTIVE = 350
 MACHINERY = ("options", "registry", "files", "machine room")  # chapters; what is left is about images or sound

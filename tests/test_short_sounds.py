@@ -323,9 +323,11 @@ def test_picture_has_its_range_and_the_way_back_sounds_alike(data):
 
 
 def test_guidance_of_a_model_that_never_did_without_labels_is_an_error(data):
-    with pytest.raises(ag.UserError, match="guidance of 1.2 needs .* a --label_dropout above 0"):
-        build("diffusion", data, label_dropout=0.0)
-    build("diffusion", data, label_dropout=0.0, guidance=1.0)
+    model = build("diffusion", data, label_dropout=0.0, steps=1)
+    for call in (lambda: model.optimizer(model), lambda: model.sample(torch.arange(1), ag.Noise(0, range(1), CPU))):
+        with pytest.raises(ag.UserError, match="guidance of 1.2 needs .* use --guidance 1"):
+            call()
+    build("diffusion", data, label_dropout=0.0, guidance=1.0).optimizer(model)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
