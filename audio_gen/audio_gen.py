@@ -2186,7 +2186,7 @@ class AudioData:
             raise UserError(f"--extra_root holds {min(twice)}, which belongs to the dataset: name another folder")
         entries = [(f"extra/{p.relative_to(root)}", "mixture", p) for p in files]
         self.train = self.train + load_tracks({"train": entries})["train"]
-        self.title += f" and {len(files)} files of {root.name}"  # pictures say what a model was trained on
+        self.title += f" and {len(files)} files of {Path(*root.resolve().parts[-2:])}"  # "train" alone says little
 
     def info(self) -> DataInfo:
         splits = {"train": self.train, "valid": self.valid, "test": self.test}

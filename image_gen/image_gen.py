@@ -551,7 +551,7 @@ SAMPLERS = {"ddim": sample_ddim, "dpm++": sample_dpm, "consistency": sample_cons
 
 
 DIFFUSION_RECIPES = {  # what suits each objective, flow and consistency, where the user does not say
-    "epochs": (2, 1), "batch_size": (48, 64), "learning_rate": (2e-3, 5e-4), "muon_rate": (0.02, 0.005),
+    "epochs": (2, 4), "batch_size": (48, 64), "learning_rate": (2e-3, 1e-3), "muon_rate": (0.02, 0.01),
     "weight_decay": (0.01, 0.0), "warmup_steps": (50, 20), "steps": (8, 2), "sampler": ("dpm++", "consistency"),
     "contrast": (0.3, 0.0)}
 OBJECTIVES = ("flow", "consistency")
@@ -580,7 +580,8 @@ class DiffusionConfig(RunConfig):
     levels: int = option(2, "model", "resolutions; the width doubles at each", number(int, 1, 5))
     blocks: int = option(2, "model", "residual blocks per level, each way", number(int, 1, 16))
     label_dropout: float = option(0.03, "model", "share of labels that are hidden, for guidance", number(float, 0, 1))
-    teacher_guidance: float = option(1.25, "model", "guidance of --init that consistency learns", number(float, 0, 100))
+    teacher_guidance: float | None = option(None, "model", "guidance that consistency learns (default: --init's)",
+                                            number(float, 0, 100))
     sampler: str | None = recipe("sampler", "sampling", "ddim, dpm++ (2M) or consistency", choices=tuple(SAMPLERS))
     steps: int | None = recipe("steps", "sampling", "sampling steps, one evaluation each", number(int, 1, TIMESTEPS))
     guidance: float = option(1.0, "sampling", "classifier-free guidance scale [HoSal22]; 1 is none, other values "
@@ -825,7 +826,8 @@ class DiffusionModel(FlowModel, ImageModel):
             held, needed = about(model, getattr(model.config, "objective", "-")), about(self, "flow")
             if held != needed:
                 raise UserError(f"--init {self.config.init} holds a {held}, needed is a {needed}: name another", 2)
-            model.precision, model.config = self.precision, dataclasses.replace(model.config, contrast=0.0)
+            model.precision, asked = self.precision, self.config.teacher_guidance
+            model.config = dataclasses.replace(model.config, guidance=model.config.guidance if asked is None else asked)
             self.__dict__["frozen"] = [model.to(self.alphas.device).eval().requires_grad_(False)]  # no sub-module
         return self.frozen[0]
 
@@ -839,15 +841,13 @@ class DiffusionModel(FlowModel, ImageModel):
         """The network's flow becomes the mean one from t down to 0 ([Song23]; the gap shrinks over the run, [Geng24]):
         the teacher steps from t to r, whence the network's own estimate, held fixed, is the target. Pseudo-Huber."""
         times = ((1.6 * batch.draw.normal() + 0.4).sigmoid() * TIMESTEPS).round().clamp(3, TIMESTEPS)
-        first = (times > 997) | (batch.draw.uniform() < 0.05)  # where drawing begins
-        times = times.masked_fill(first, TIMESTEPS).long()
+        times = times.masked_fill((times > 997) | (batch.draw.uniform() < 0.05), TIMESTEPS).long()  # where it begins
         gap = 0.5 * 0.125 ** batch.progress  # share of the way: from a half to a sixteenth
-        earlier = (times * (1 - gap)).round().long()
-        earlier = earlier.masked_fill(earlier < 2, 0)
+        earlier = F.threshold((times * (1 - gap)).round(), 200, 0).long()  # the last step is long, as in drawing
         x, _ = self.noisy(batch.images, times, batch.draw)
         sigma, rest = (self.sigmas[t][:, None, None, None] for t in (times, earlier))
         with torch.no_grad(), self.cast():
-            flow = self.teacher().guided(x, times, labels, self.config.teacher_guidance)
+            flow = self.teacher().guided(x, times, labels, self.teacher().config.guidance)
             onward = self(x - (sigma - rest) * flow, earlier.clamp(min=1), labels).float()
         with self.cast():
             prediction = self(x, times, labels).float()
@@ -863,7 +863,7 @@ class DiffusionModel(FlowModel, ImageModel):
         """Those of few steps were tried out (RESULTS.md)."""
         if self.config.sampler != "consistency":
             return super().times()
-        return [1000, 600, 300, 100][:self.config.steps] if self.config.steps <= 4 else \
+        return [1000, 650, 350, 150][:self.config.steps] if self.config.steps <= 4 else \
             torch.linspace(TIMESTEPS, 100, self.config.steps).round().int().unique().flip(0).tolist()
 
     def sample(self, labels: Tensor | None, noise: Noise,

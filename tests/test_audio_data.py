@@ -452,6 +452,7 @@ def test_extra_files_are_for_training_only_and_never_held_out_ones(place):
         data.add(place / "more")
         assert data.train[-1].name == "extra/deep/x.wav" and len(data.train[-1].audio) == 4_800
         assert not [t for t in data.valid + data.test if t.name.startswith("extra")]
+        assert data.title.endswith(f" and 1 files of {Path(place.name) / 'more'}")
     for inside in (hq, hq / "test", hq / "train" / "A"):
         with error("--extra_root", "belongs to the dataset"):
             ag.MUSDBDataset(options({"musdb_root": hq})).add(inside)

@@ -291,32 +291,36 @@ def test_times_of_consistency_begin_with_noise_and_fall(steps):
     assert ig.DiffusionConfig(**CONSISTENT).steps == 2  # by default
 
 
-def loss_of(monkeypatch, network, teacher, progress: float) -> float:
+def loss_of(monkeypatch, network, teacher, progress: float) -> tuple[float, torch.Tensor]:
+    """The loss and the times that it was taken at."""
     model = build("diffusion", INFO, **CONSISTENT)
     monkeypatch.setattr(model, "forward", lambda x, times, labels: network(x, model.sigmas[times][:, None, None, None]))
     frozen = build("diffusion", INFO)
     monkeypatch.setattr(frozen, "forward", lambda x, times, labels: teacher(
         x, model.sigmas[times][:, None, None, None]))
     monkeypatch.setattr(model, "teacher", lambda: frozen)
-    images = torch.full((256, 1, 8, 8), 0.3)
+    images, noisy, seen = torch.full((256, 1, 8, 8), 0.3), model.noisy, []
+    monkeypatch.setattr(model, "noisy", lambda pictures, times, draw: seen.append(times) or noisy(pictures, times, draw))
     (player, loss, _), = model.losses(batch_of(images, progress=progress))
     assert player == "model"
-    return loss.item()
+    return loss.item(), seen[0]
 
 
 @pytest.mark.parametrize("progress, gap", [(0.0, 0.5), (1 / 3, 0.25), (1.0, 0.0625)])
 def test_consistency_loss_of_a_point_mass_is_known(progress, gap, monkeypatch):
     """All images alike: the flow (x - image) / sigma is straight, and leaves nothing to learn. A network that is wrong
-    by 1 everywhere misses its own target by the share of the way that the teacher goes."""
+    by 1 everywhere misses its own target by the share of the way that the teacher goes: all of it near the picture."""
     def exact(x, sigma):
         return (x - 0.3) / sigma
 
     def wrong(x, sigma):
         return exact(x, sigma) + 1
 
-    assert loss_of(monkeypatch, exact, exact, progress) == pytest.approx(0, abs=1e-6)
-    expected = math.hypot(gap, ig.HUBER) - ig.HUBER
-    assert loss_of(monkeypatch, wrong, exact, progress) == pytest.approx(expected, rel=0.05)
+    assert loss_of(monkeypatch, exact, exact, progress)[0] == pytest.approx(0, abs=1e-6)
+    loss, times = loss_of(monkeypatch, wrong, exact, progress)
+    shares = [gap if (t * (1 - gap)).round() > 200 else 1 for t in times]
+    assert {1, gap} == set(shares) and times.max() == 1000
+    assert loss == pytest.approx(np.mean([math.hypot(share, ig.HUBER) - ig.HUBER for share in shares]), rel=0.01)
 
 
 def flow_model(info=None, **config):
@@ -333,7 +337,6 @@ def test_tuning_starts_from_the_averaged_weights_and_never_moves_them():
     model.prepare(DIGITS, CPU)
     state = ig.load_checkpoint(Path("flow.pt"))["ema"]
     assert all(torch.equal(value, state[name]) for name, value in model.named_parameters())
-    assert model.teacher().config.contrast == 0  # its guidance is what is learned
     assert not any(name.startswith("frozen") for name in model.state_dict())
     ok(*TUNING, "--init", "flow.pt", "--batch_size", 280, "--num_samples", 2)
     saved = ig.load_checkpoint(Path("model.pt"))
@@ -351,6 +354,18 @@ def test_file_without_hidden_labels_is_drawn_from_but_not_guided():
     ok(*asked, "--guidance", 1)
 
 
+@pytest.mark.parametrize("asked, learned", [(None, 1.4), (0.5, 0.5)])
+def test_what_is_learned_is_the_teachers_own_drawing_or_with_other_guidance(asked, learned, monkeypatch):
+    write_model("flow.pt", flow_model(guidance=1.4, contrast=0.2))
+    model = build("diffusion", DIGITS.info(), **CONSISTENT | {"teacher_guidance": asked})
+    teacher, scales = model.teacher(), []
+    assert teacher.config.contrast == 0.2
+    whole = teacher.guided
+    monkeypatch.setattr(teacher, "guided", lambda *given: scales.append(given[-1]) or whole(*given))
+    next(model.losses(batch_of(ig.to_float(DIGITS.train[:8]))))
+    assert scales == [learned]
+
+
 def differs(a: dict, b: dict) -> bool:
     return any(not torch.equal(a[name], b[name]) for name in a)
 
@@ -361,7 +376,7 @@ def differs(a: dict, b: dict) -> bool:
     (("--init", "tuned.pt"), 2, ("tuned.pt", "consistency", "flow")),
     (("--init", "other.pt"), 2, ("other.pt", "letters", "digits")),
     (("--init", "wide.pt"), 2, ("wide.pt", "channels", "32", "16")),
-    (("--init", "sure.pt"), 2, ("guidance of 1.25", "--label_dropout")),
+    (("--init", "sure.pt", "--teacher_guidance", 1.25), 2, ("guidance of 1.25", "--label_dropout")),
     (("--init", "flow.pt", "--sampler", "dpm++"), 2, ("--sampler dpm++", "--objective consistency")),
     (("--init", "flow.pt", "--objective", "flow", "--sampler", "consistency"), 2, ("--sampler consistency",)),
 ])
