@@ -300,7 +300,7 @@ def loss_of(monkeypatch, network, teacher, progress: float) -> tuple[float, torc
         x, model.sigmas[times][:, None, None, None]))
     monkeypatch.setattr(model, "teacher", lambda: frozen)
     images, noisy, seen = torch.full((256, 1, 8, 8), 0.3), model.noisy, []
-    monkeypatch.setattr(model, "noisy", lambda pictures, times, draw: seen.append(times) or noisy(pictures, times, draw))
+    monkeypatch.setattr(model, "noisy", lambda x, times, draw: seen.append(times) or noisy(x, times, draw))
     (player, loss, _), = model.losses(batch_of(images, progress=progress))
     assert player == "model"
     return loss.item(), seen[0]
